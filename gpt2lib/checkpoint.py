@@ -1,0 +1,277 @@
+"""Checkpoints: of training, atomic and checksummed; OpenAI's TF1 layout, both ways.
+
+A training checkpoint is a folder `step-00000500` with `state.safetensors` (parameters, dropout state, optimizer) and
+`checkpoint.json` (step, configuration, checksum). It holds plain arrays, so either backend restores what the other saved.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from gpt2lib.config import ConfigError, ModelConfig
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be read or written; the message says what, where and what to do."""
+
+
+# --- training checkpoints ---------------------------------------------------------------------------------------------
+
+
+def state_arrays(model, optimizer=None) -> dict:
+    """Every variable of the model and of the optimizer, by its path, as NumPy arrays."""
+    variables = [*model.variables, *(optimizer.variables if optimizer else [])]
+    return {v.path: np.asarray(v.value) for v in variables}
+
+
+def save(folder, step: int, arrays: dict, info: dict, keep: int = 2) -> Path:
+    """Write `folder/step-XXXXXXXX`, beside and then renamed, and delete all but the last `keep` checkpoints.
+
+    `info` is stored as JSON beside the arrays. Raises CheckpointError when the disk is full; nothing older is touched then.
+    """
+    from safetensors.numpy import save_file
+
+    folder = Path(folder)
+    final, part = folder / f"step-{step:08d}", folder / f".step-{step:08d}.part"
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, part / "state.safetensors")
+        document = {**info, "step": step, "sha256": _sha256(part / "state.safetensors")}
+        (part / "checkpoint.json").write_text(json.dumps(document, indent=1))
+        for name in ("state.safetensors", "checkpoint.json"):
+            _sync(part / name)
+        if final.exists():
+            shutil.rmtree(final)
+        part.rename(final)
+        _sync(folder)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise CheckpointError(
+            f"could not save {final}: {error.strerror or error}; free some space and start again, "
+            "the run goes on from the checkpoint before"
+        ) from error
+    for old in list_steps(folder)[:-keep]:
+        shutil.rmtree(folder / f"step-{old:08d}")
+    return final
+
+
+def list_steps(folder) -> list[int]:
+    """The steps of the complete checkpoints in `folder`, rising."""
+    return sorted(int(path.name[5:]) for path in Path(folder).glob("step-[0-9]*") if path.is_dir())
+
+
+def read(folder) -> tuple[dict, dict] | None:
+    """(arrays, info) of the newest intact checkpoint in `folder`; None if it holds none.
+
+    A damaged checkpoint is passed over with a warning that names it; if all are damaged, CheckpointError.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    steps = list_steps(folder)
+    for step in reversed(steps):
+        path = Path(folder) / f"step-{step:08d}"
+        try:
+            info = json.loads((path / "checkpoint.json").read_text())
+            if _sha256(path / "state.safetensors") != info["sha256"]:
+                raise ValueError("its checksum differs")
+            return load_file(path / "state.safetensors"), info
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            warnings.warn(f"checkpoint {path} is damaged ({error}); falling back to the one before", stacklevel=2)
+    if steps:
+        raise CheckpointError(f"every checkpoint in {folder} is damaged; delete the folder to start the run afresh")
+    return None
+
+
+def assign(variables, arrays: dict, where: str) -> None:
+    """Set each variable from the array with its path; all are checked before the first is set."""
+    for v in variables:
+        if v.path not in arrays:
+            raise CheckpointError(f"{where} has no variable `{v.path}`; it was written by another model or optimizer")
+        if tuple(arrays[v.path].shape) != tuple(v.shape):
+            raise CheckpointError(
+                f"`{v.path}` in {where} has shape {list(arrays[v.path].shape)}, the model needs {list(v.shape)}; "
+                "use the configuration that it was saved with"
+            )
+    for v in variables:
+        v.assign(arrays[v.path])
+
+
+def load(run_dir, dtype: str | None = None):
+    """(model, info) of the newest intact checkpoint of a training run.
+
+    Args:
+        run_dir: `TrainConfig.run_dir`.
+        dtype: Keras dtype policy of the model; None: the one it was trained with.
+    """
+    from gpt2lib.model import GPT2
+
+    found = read(Path(run_dir) / "checkpoints")
+    if found is None:
+        raise CheckpointError(f"{run_dir} holds no checkpoint; run the training notebook with this run_dir first")
+    arrays, info = found
+    config = ModelConfig.from_dict(info["model"])
+    model = GPT2(config, init=lambda path, shape: _expect(arrays, path, shape, run_dir), dtype=dtype or info["dtype"])
+    return model, info
+
+
+# --- OpenAI's layout --------------------------------------------------------------------------------------------------
+
+
+def openai_shapes(config) -> dict:
+    """The variables of an OpenAI checkpoint in the order of its data file: name -> shape as written there."""
+    d, shapes = config.n_embd, {}
+    shapes["model/wte"], shapes["model/wpe"] = (config.n_vocab, d), (config.n_ctx, d)
+    linear = {"attn/c_attn": (d, 3 * d), "attn/c_proj": (d, d), "mlp/c_fc": (d, 4 * d), "mlp/c_proj": (4 * d, d)}
+    norms = [f"h{i}/{name}" for i in range(config.n_layer) for name in ("ln_1", "ln_2")] + ["ln_f"]
+    for name in norms:
+        shapes[f"model/{name}/g"] = shapes[f"model/{name}/b"] = (d,)
+    for i in range(config.n_layer):
+        for name, (nx, nf) in linear.items():
+            shapes[f"model/h{i}/{name}/w"], shapes[f"model/h{i}/{name}/b"] = (1, nx, nf), (nf,)
+    return dict(sorted(shapes.items()))
+
+
+def load_openai(folder, dtype: str | None = None):
+    """The model of a folder in OpenAI's released layout (`hparams.json`, `model.ckpt.*`).
+
+    A released checkpoint is read without TensorFlow: its float32 variables lie one after another in the order of their names.
+    Any other TF1 checkpoint (several shards, optimizer slots, other names) is read through TensorFlow.
+    Raises CheckpointError naming a missing or mis-shaped variable.
+    """
+    from gpt2lib.model import GPT2
+
+    folder = Path(folder)
+    if not (folder / "hparams.json").is_file():
+        raise CheckpointError(f"{folder} has no hparams.json; give the folder that holds it and model.ckpt.*")
+    known = ModelConfig().hparams
+    hparams = json.loads((folder / "hparams.json").read_text())
+    config = ModelConfig.from_dict({name: hparams[name] for name in hparams if name in known})
+    shapes = openai_shapes(config)
+    data = folder / "model.ckpt.data-00000-of-00001"
+    size = 4 * sum(int(np.prod(shape)) for shape in shapes.values())
+    if data.is_file() and data.stat().st_size == size and _index_agrees(folder, shapes):
+        flat, arrays, offset = np.memmap(data, "<f4", mode="r"), {}, 0
+        for name, shape in shapes.items():
+            count = int(np.prod(shape))
+            arrays[name] = flat[offset : offset + count].reshape(shape)
+            offset += count
+    else:
+        arrays = _read_with_tensorflow(folder, shapes, size)
+
+    def values(path, shape):
+        array = arrays[path]
+        return array[0] if path.endswith("/w") else array  # OpenAI's kernels have a leading 1
+
+    return GPT2(config, init=values, dtype=dtype)
+
+
+def save_openai(model, folder) -> None:
+    """Write the model as a folder in OpenAI's released layout: `hparams.json`, `checkpoint`, `model.ckpt.*`.
+
+    Written beside and renamed. Needs TensorFlow (any backend may be in use). An existing folder is replaced only on success.
+    """
+    tf = _tensorflow("write OpenAI's TF1 layout")
+    folder = Path(folder)
+    shapes = openai_shapes(model.config)
+    arrays = {v.path: np.asarray(v.value) for v in model.trainable_variables}
+    names = list(shapes)  # the index is sorted, and the data must lie in the same order
+    part = folder.parent / f".{folder.name}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        with tf.device("CPU"):
+            tf.raw_ops.SaveV2(
+                prefix=str(part / "model.ckpt"),
+                tensor_names=names,
+                shape_and_slices=[""] * len(names),
+                tensors=[tf.constant(arrays[name].astype(np.float32).reshape(shapes[name])) for name in names],
+            )
+        (part / "hparams.json").write_text(json.dumps(model.config.hparams, indent=2) + "\n")
+        (part / "checkpoint").write_text(
+            'model_checkpoint_path: "model.ckpt"\nall_model_checkpoint_paths: "model.ckpt"\n'
+        )
+        replace_folder(part, folder)
+    except (OSError, tf.errors.OpError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise CheckpointError(f"could not write {folder}: {error}; what was there before is unchanged") from error
+
+
+def replace_folder(part: Path, final: Path) -> None:
+    """Put the finished folder `part` in the place of `final`; an older `final` is deleted only after that."""
+    old = final.parent / f".{final.name}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    part.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _index_agrees(folder, shapes) -> bool:
+    """False if TensorFlow, where it is loaded already, reads other names or shapes from the index than `shapes`."""
+    if "tensorflow" not in sys.modules or not (folder / "model.ckpt.index").is_file():
+        return True
+    reader = sys.modules["tensorflow"].train.load_checkpoint(str(folder / "model.ckpt"))
+    return {name: tuple(shape) for name, shape in reader.get_variable_to_shape_map().items()} == shapes
+
+
+def _read_with_tensorflow(folder, shapes, size) -> dict:
+    found = [path for path in folder.glob("model.ckpt*.data-*")] or [path for path in folder.glob("*.data-*")]
+    if not found:
+        raise CheckpointError(f"{folder} has no model.ckpt.data-* file; download the checkpoint again")
+    seen = sum(path.stat().st_size for path in found)
+    tf = _tensorflow(f"read {folder}, whose data are {seen:,} bytes where a released model of this size has {size:,}")
+    prefix = str(found[0])[: str(found[0]).rindex(".data-")]
+    try:
+        reader = tf.train.load_checkpoint(prefix)
+        there = reader.get_variable_to_shape_map()
+        for name, shape in shapes.items():
+            if name not in there:
+                raise CheckpointError(f"{folder} has no variable `{name}`; its hparams.json promises one")
+            if tuple(there[name]) != shape:
+                raise CheckpointError(
+                    f"`{name}` in {folder} has shape {there[name]}, by its hparams.json it should have {list(shape)}"
+                )
+        return {name: reader.get_tensor(name) for name in shapes}
+    except (tf.errors.OpError, ValueError) as error:
+        message = str(error).splitlines()[0]
+        raise CheckpointError(f"{prefix} cannot be read ({message}); download or save it again") from error
+
+
+def _tensorflow(purpose):
+    try:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+        import tensorflow
+    except ImportError as error:
+        raise CheckpointError(f"TensorFlow is needed to {purpose}; run: pip install tensorflow") from error
+    return tensorflow
+
+
+def _expect(arrays, path, shape, where):
+    if path not in arrays or tuple(arrays[path].shape) != tuple(shape):
+        raise CheckpointError(f"the checkpoint of {where} lacks `{path}` of shape {list(shape)}; was it edited?")
+    return arrays[path]
+
+
+def _sha256(path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path) -> None:
+    """Make sure that a file or a folder's entries are on disk before the rename that relies on them."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+__all__ = ["CheckpointError", "ConfigError", "load", "load_openai", "read", "save", "save_openai"]

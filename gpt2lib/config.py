@@ -1,0 +1,188 @@
+"""Configuration: frozen dataclasses, every default in one place, strict reading.
+
+`ModelConfig` has OpenAI's field names (`hparams.json`); `TrainConfig` holds everything that decides a training run.
+An unknown key or a wrong type raises `ConfigError` and names the nearest valid key.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message says what, where and what to do."""
+
+
+def _matches(value, annotation) -> bool:
+    """True if `value` may be stored under the type `annotation` (int is a float; bool is not an int)."""
+    if isinstance(annotation, types.UnionType):
+        return any(_matches(value, option) for option in typing.get_args(annotation))
+    origin = typing.get_origin(annotation) or annotation
+    if origin is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if origin is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, origin)
+
+
+def nearest(name: str, valid) -> str:
+    """A hint that ends an error sentence: the nearest valid name, or all of them."""
+    close = difflib.get_close_matches(name, valid, n=1)
+    return f"did you mean `{close[0]}`?" if close else f"valid: {', '.join(sorted(valid))}."
+
+
+class _Strict:
+    """Type-checks the fields of a dataclass and reads it from a dict without guessing."""
+
+    def __post_init__(self):
+        hints = typing.get_type_hints(type(self))
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if not _matches(value, hints[f.name]):
+                hint = getattr(hints[f.name], "__name__", hints[f.name])
+                written = " (in YAML write 1.0e-4, not 1e-4)" if isinstance(value, str) and hint != "str" else ""
+                raise ConfigError(
+                    f"{type(self).__name__}.{f.name} must be {hint}, got {value!r} of type {type(value).__name__}{written}"
+                )
+
+    @classmethod
+    def from_dict(cls, values: dict):
+        """Build from a dict; an unknown or a missing key is an error that names the nearest valid key."""
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        for key in values:
+            if key not in fields:
+                raise ConfigError(f"{cls.__name__} has no key `{key}`; {nearest(str(key), fields)}")
+        for name, f in fields.items():
+            required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+            if required and name not in values:
+                raise ConfigError(f"{cls.__name__} needs the key `{name}`, which is missing")
+        return cls(**values)
+
+    def to_dict(self) -> dict:
+        """The fields as a dict that JSON can hold and `from_dict` reads back."""
+        return dataclasses.asdict(self)
+
+    def replace(self, **changes):
+        """A copy with some fields changed, checked like `from_dict`."""
+        return type(self).from_dict({**self.to_dict(), **changes})
+
+
+@dataclass(frozen=True)
+class ModelConfig(_Strict):
+    """The shape of a GPT-2 (OpenAI's `hparams.json`) and its three dropout rates."""
+
+    n_vocab: int = 50257  # V, words of the vocabulary
+    n_ctx: int = 1024  # longest context in tokens
+    n_embd: int = 768  # D, width
+    n_head: int = 12  # N, attention heads
+    n_layer: int = 12  # L, blocks
+    embd_pdrop: float = 0.1  # dropout on the summed embeddings
+    attn_pdrop: float = 0.1  # dropout on the attention weights
+    resid_pdrop: float = 0.1  # dropout at the end of both residual branches
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"ModelConfig.{name} must be at least 1, got {getattr(self, name)}")
+        if self.n_embd % self.n_head:
+            raise ConfigError(f"ModelConfig.n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
+        for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"ModelConfig.{name} must lie in [0, 1), got {getattr(self, name)}")
+
+    @property
+    def n_params(self) -> int:
+        """Number of parameters; the output matrix is wte and counts once."""
+        d, embedding = self.n_embd, self.n_vocab + self.n_ctx
+        return embedding * d + self.n_layer * (12 * d * d + 13 * d) + 2 * d
+
+    @property
+    def hparams(self) -> dict:
+        """The five keys of OpenAI's `hparams.json`."""
+        return {name: getattr(self, name) for name in ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")}
+
+
+_OPENAI = {
+    "117M": dict(n_embd=768, n_head=12, n_layer=12),
+    "345M": dict(n_embd=1024, n_head=16, n_layer=24),
+    "774M": dict(n_embd=1280, n_head=20, n_layer=36),
+    "1.5B": dict(n_embd=1600, n_head=25, n_layer=48),
+}
+SIZES = {name: ModelConfig(**shape) for name, shape in _OPENAI.items()}
+for _old, _counted in (("117M", "124M"), ("345M", "355M"), ("1.5B", "1558M")):  # OpenAI's first names were miscounts
+    SIZES[_counted] = SIZES[_old]
+SIZES["PrettyBig"] = ModelConfig(n_embd=1024, n_head=16, n_layer=25, embd_pdrop=0.0, attn_pdrop=0.0)  # 2019
+SIZES["test"] = ModelConfig(n_vocab=257, n_ctx=19, n_embd=15, n_head=3, n_layer=2)  # no two dimensions equal
+
+
+def size(name: str) -> ModelConfig:
+    """The configuration of a size by its name; an unknown name is an error that names the nearest."""
+    if name not in SIZES:
+        raise ConfigError(f"there is no size `{name}`; {nearest(name, SIZES)}")
+    return SIZES[name]
+
+
+@dataclass(frozen=True)
+class TrainConfig(_Strict):
+    """Everything that decides a training run. Two runs with equal configurations on one machine are equal."""
+
+    corpus: str  # folder of token shards (has manifest.json)
+    run_dir: str  # folder of this run: checkpoints, metrics.jsonl, config.json
+    size: str = "117M"  # a name in SIZES
+    model: dict = field(default_factory=dict)  # ModelConfig fields that differ from that size; n_vocab: the corpus's
+    init: str = "gpt2"  # a name in model.INITS
+    optimizer: str = "adafactor"  # adafactor | adamw
+    optimizer_options: dict = field(default_factory=dict)  # passed to the optimizer's constructor
+    learning_rate: float | None = 1e-2  # relative for Adafactor with parameter scale, else absolute; None: its default
+    warmup_steps: int = 100
+    max_steps: int = 1000  # the cosine ends here
+    weight_decay: float | None = None  # decoupled, times the learning rate, on every variable
+    clip_norm: float | None = None  # clip gradients to this global norm
+    batch_size: int = 8  # sequences of n_ctx tokens
+    dtype: str = "float32"  # Keras dtype policy: float32 | mixed_bfloat16
+    seed: int = 0  # initial parameters, order of the data, dropout
+    log_every: int = 10  # steps between lines of metrics.jsonl
+    validate_every: int = 100  # steps between validations; also after the last step
+    validation_windows: int = 64  # windows of n_ctx tokens, the same ones every time
+    checkpoint_every: int = 500  # steps between checkpoints; also after the last step
+    keep_checkpoints: int = 2
+    progress: bool = True  # show a progress bar
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in (
+            "max_steps", "batch_size", "log_every", "validate_every", "validation_windows", "checkpoint_every",
+            "keep_checkpoints",
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ConfigError(f"TrainConfig.{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.warmup_steps < self.max_steps:
+            raise ConfigError(
+                f"TrainConfig.warmup_steps must lie in [0, max_steps), got {self.warmup_steps} of {self.max_steps}"
+            )
+        choices = {"optimizer": ("adafactor", "adamw"), "dtype": ("float32", "mixed_bfloat16")}
+        for name, valid in choices.items():
+            if getattr(self, name) not in valid:
+                raise ConfigError(
+                    f"TrainConfig.{name} cannot be `{getattr(self, name)}`; {nearest(getattr(self, name), valid)}"
+                )
+        if self.learning_rate is None and self.optimizer != "adafactor":
+            raise ConfigError("TrainConfig.learning_rate may be null for adafactor only; give adamw a number")
+        self.model_config()  # a misspelt field of `model` is an error now, not when the run starts
+
+    def model_config(self, n_vocab: int | None = None) -> ModelConfig:
+        """The model's configuration; `n_vocab` is the vocabulary of the corpus, used unless `model` names one."""
+        base = size(self.size)
+        return (
+            base.replace(**({"n_vocab": n_vocab} if n_vocab else {}), **self.model)
+            if "n_vocab" not in self.model
+            else base.replace(**self.model)
+        )
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens that one step learns from."""
+        return self.batch_size * self.model_config().n_ctx

@@ -1,0 +1,95 @@
+"""Loss on fixed windows of tokens, and what follows from it: perplexity, bits per byte, standard errors."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from keras import ops
+
+from gpt2lib.device import compiled
+from gpt2lib.model import nll
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Total negative log-likelihood of a text, with the numbers of units that it may be divided by.
+
+    Attributes:
+        nats: the total over all tokens.
+        tokens: number of tokens predicted.
+        n: number of windows, the units that are resampled for the standard error.
+        standard_error: of `loss`, in nats per token: windows are treated as independent, tokens within one are not.
+        bytes: UTF-8 bytes of the text that the tokens stand for; 0 if unknown.
+    """
+
+    nats: float
+    tokens: int
+    n: int
+    standard_error: float
+    bytes: int = 0
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp(total nats / total tokens)."""
+        return math.exp(self.loss)
+
+    @property
+    def perplexity_standard_error(self) -> float:
+        return self.perplexity * self.standard_error
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / math.log(2) / self.bytes
+
+    @property
+    def bits_per_byte_standard_error(self) -> float:
+        return self.bits_per_byte * self.standard_error / self.loss
+
+    def to_dict(self) -> dict:
+        """All figures by name, for a report."""
+        figures = {
+            "loss": self.loss, "loss_se": self.standard_error, "perplexity": self.perplexity,
+            "perplexity_se": self.perplexity_standard_error, "tokens": self.tokens, "windows": self.n,
+        }  # fmt: skip
+        if self.bytes:
+            figures |= {
+                "bits_per_byte": self.bits_per_byte,
+                "bits_per_byte_se": self.bits_per_byte_standard_error,
+                "bytes": self.bytes,
+            }
+        return figures
+
+
+def total(nats, n_bytes: int = 0) -> Loss:
+    """Sum per-token losses [W, T] in nats, window by window; sums first, one division at the end."""
+    nats = np.asarray(nats, np.float64)
+    windows, width = nats.shape
+    spread = nats.sum(1).std(ddof=1) if windows > 1 else math.nan
+    return Loss(float(nats.sum()), nats.size, windows, float(spread * math.sqrt(windows) / nats.size), n_bytes)
+
+
+def loss_function(model):
+    """`f(windows [B, T + 1]) -> nats [B, T]`, compiled for the model; keep it to evaluate the same model again."""
+    return compiled(model, lambda windows: nll(model(windows[:, :-1]), windows[:, 1:]))
+
+
+def window_losses(function, windows, batch_size: int = 8, progress=None):
+    """Per-token losses [W, T] float32 in nats of windows [W, T + 1], `batch_size` at a time; `progress` wraps the loop."""
+    starts = range(0, len(windows), batch_size)
+    results = []
+    for start in progress(starts) if progress else starts:
+        batch = windows[start : start + batch_size]
+        padding = np.zeros((batch_size - len(batch), batch.shape[1]), batch.dtype)  # one shape: compiled once
+        nats = function(ops.convert_to_tensor(np.concatenate([batch, padding]), "int32"))
+        results.append(np.asarray(nats)[: len(batch)])
+    return np.concatenate(results)
+
+
+def count_bytes(windows, tokenizer) -> int:
+    """UTF-8 bytes of the text that the predicted tokens of windows [W, T + 1] stand for; the end of text stands for none."""
+    return int(tokenizer.byte_lengths[windows[:, 1:]].sum())

@@ -1,0 +1,282 @@
+"""GPT-2 in Keras 3, top to bottom: norm, linear, attention, mlp, block, model.
+
+Follows `src/model.py` of openai/gpt-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3);
+a variable's path is its name in OpenAI's checkpoints.
+
+Shapes: B batch, T query position, S key position, D n_embd, N heads, H head size (D = N * H), F 4 * D, V vocabulary, L layer.
+"""
+
+import math
+import zlib
+
+import keras
+import numpy as np
+from keras import ops
+
+from gpt2lib.config import ConfigError, nearest
+
+# Standard deviation of the initial weights of a matrix, by its path, shape [nx, nf] and the number of layers.
+# Embeddings are 0.02 (wte) and 0.01 (wpe) in all of them.
+INITS = {
+    # OpenAI's 0.02 and the paper's 1/sqrt(N) on residual projections, N = 2 * n_layer residual branches
+    "gpt2": lambda path, nx, n_layer: 0.02 / math.sqrt(2 * n_layer) if "c_proj" in path else 0.02,
+    # openai/gpt-2 as released: the factor of the paper is not in the code
+    "openai": lambda path, nx, n_layer: 0.02,
+    # ConnorJL/GPT2 when its models were trained, June 2019: 1/sqrt(n_layer) on both c_proj
+    "2019": lambda path, nx, n_layer: 0.02 / math.sqrt(n_layer) if "c_proj" in path else 0.02,
+    # its PrettyBig: scale .1443 = 1/sqrt(48) whatever the number of layers
+    "2019-prettybig": lambda path, nx, n_layer: 0.02 / math.sqrt(48) if "c_proj" in path else 0.02,
+    # since its commit aac4b8e, July 2019: 1/sqrt(fan_in) everywhere, 1/sqrt(n_layer) on the mlp's c_proj only
+    "2019-newinit": lambda path, nx, n_layer: 0.02 / math.sqrt(nx * (n_layer if "mlp/c_proj" in path else 1)),
+}
+
+
+def initial_values(config, init: str, seed: int):
+    """`values(path, shape)`: the initial float32 array of a variable, the same under both backends."""
+    if init not in INITS:
+        raise ConfigError(f"there is no initialisation `{init}`; {nearest(init, INITS)}")
+
+    def values(path, shape):
+        kind = path.rsplit("/", 1)[-1]
+        if kind == "b":
+            return np.zeros(shape, np.float32)
+        if kind == "g":
+            return np.ones(shape, np.float32)
+        std = {"wte": 0.02, "wpe": 0.01}.get(kind) or INITS[init](path, shape[0], config.n_layer)
+        random = np.random.Generator(np.random.Philox([seed, zlib.crc32(path.encode())]))
+        array = random.standard_normal(shape, np.float32)
+        array *= std
+        return array
+
+    return values
+
+
+class _Layer(keras.layers.Layer):
+    """A layer whose variables get their first values from `values(path, shape)`."""
+
+    def __init__(self, values, **kwargs):
+        super().__init__(**kwargs)
+        self.values = values
+
+    def weight(self, name, shape):
+        array = self.values(f"{self.path}/{name}", shape)
+        return self.add_weight(
+            shape=shape, initializer=lambda shape, dtype: ops.convert_to_tensor(array, dtype), name=name
+        )
+
+
+class Norm(_Layer):
+    """Layer normalisation over the last axis, epsilon 1e-5, always in float32: [..., D] -> [..., D]."""
+
+    def __init__(self, values, **kwargs):
+        super().__init__(values, **{**kwargs, "dtype": "float32"})
+
+    def build(self, shape):
+        self.g = self.weight("g", (shape[-1],))
+        self.b = self.weight("b", (shape[-1],))
+
+    def call(self, x):
+        centred = x - ops.mean(x, axis=-1, keepdims=True)
+        variance = ops.mean(ops.square(centred), axis=-1, keepdims=True)
+        return centred * ops.rsqrt(variance + 1e-5) * self.g + self.b
+
+
+class Conv1D(_Layer):
+    """OpenAI's name for a linear map: [..., nx] -> [..., nf], kernel `w` [nx, nf]."""
+
+    def __init__(self, nf, values, **kwargs):
+        super().__init__(values, **kwargs)
+        self.nf = nf
+
+    def build(self, shape):
+        self.w = self.weight("w", (shape[-1], self.nf))
+        self.b = self.weight("b", (self.nf,))
+
+    def call(self, x):
+        return ops.matmul(x, self.w) + self.b
+
+
+class Attention(_Layer):
+    """Causal multi-head self-attention: [B, T, D] -> [B, T, D]; with a `past`, also the new cache."""
+
+    def __init__(self, config, values, dropout, **kwargs):
+        super().__init__(values, **kwargs)
+        self.config, self.dropout = config, dropout
+        self.c_attn = Conv1D(3 * config.n_embd, values, name="c_attn", dtype=self.dtype_policy)
+        self.c_proj = Conv1D(config.n_embd, values, name="c_proj", dtype=self.dtype_policy)
+
+    def build(self, shape):
+        self.c_attn.build(shape)
+        self.c_proj.build(shape)
+
+    def split_heads(self, x):  # [B, T, D] -> [B, N, T, H]
+        b, t, d = ops.shape(x)
+        n = self.config.n_head
+        return ops.transpose(ops.reshape(x, (b, t, n, d // n)), (0, 2, 1, 3))
+
+    def merge_heads(self, x):  # [B, N, T, H] -> [B, T, D]
+        b, n, t, h = ops.shape(x)
+        return ops.reshape(ops.transpose(x, (0, 2, 1, 3)), (b, t, n * h))
+
+    def call(self, x, past=None, position=0, mask=None, training=False):
+        q, k, v = (self.split_heads(part) for part in ops.split(self.c_attn(x), 3, axis=-1))  # 3 x [B, N, T, H]
+        if past is not None:  # write the T new keys and values behind the `position` old ones: [B, N, S, H]
+            k = ops.slice_update(past[0], (0, 0, position, 0), ops.cast(k, past[0].dtype))
+            v = ops.slice_update(past[1], (0, 0, position, 0), ops.cast(v, past[1].dtype))
+            present = (k, v)
+        scores = ops.matmul(q, ops.swapaxes(k, -1, -2))  # [B, N, T, H] @ [B, N, H, S] -> [B, N, T, S]
+        scores = ops.cast(scores, "float32") / math.sqrt(self.config.n_embd // self.config.n_head)
+        scores = ops.where(mask, scores, -1e10)
+        weights = ops.cast(ops.softmax(scores, axis=-1), self.compute_dtype)
+        weights = self.dropout(weights, self.config.attn_pdrop, training)
+        a = self.c_proj(
+            self.merge_heads(ops.matmul(weights, v))
+        )  # [B, N, T, S] @ [B, N, S, H] -> [B, N, T, H] -> [B, T, D]
+        a = self.dropout(a, self.config.resid_pdrop, training)
+        return a if past is None else (a, present)
+
+
+class MLP(_Layer):
+    """Two linear maps around a tanh-GELU: [B, T, D] -> [B, T, F] -> [B, T, D]."""
+
+    def __init__(self, config, values, dropout, **kwargs):
+        super().__init__(values, **kwargs)
+        self.config, self.dropout = config, dropout
+        self.c_fc = Conv1D(4 * config.n_embd, values, name="c_fc", dtype=self.dtype_policy)
+        self.c_proj = Conv1D(config.n_embd, values, name="c_proj", dtype=self.dtype_policy)
+
+    def build(self, shape):
+        self.c_fc.build(shape)
+        self.c_proj.build((*shape[:-1], 4 * shape[-1]))
+
+    def call(self, x, training=False):
+        h = ops.gelu(self.c_fc(x), approximate=True)
+        return self.dropout(self.c_proj(h), self.config.resid_pdrop, training)
+
+
+class Block(_Layer):
+    """x + attention(norm(x)), then x + mlp(norm(x)): [B, T, D] -> [B, T, D]; with a `past`, also the new cache."""
+
+    def __init__(self, config, values, dropout, **kwargs):
+        super().__init__(values, **kwargs)
+        self.ln_1 = Norm(values, name="ln_1")
+        self.attn = Attention(config, values, dropout, name="attn", dtype=self.dtype_policy)
+        self.ln_2 = Norm(values, name="ln_2")
+        self.mlp = MLP(config, values, dropout, name="mlp", dtype=self.dtype_policy)
+
+    def build(self, shape):
+        for layer in (self.ln_1, self.attn, self.ln_2, self.mlp):
+            layer.build(shape)
+
+    def call(self, x, past=None, position=0, mask=None, training=False):
+        a = self.attn(self.ln_1(x), past=past, position=position, mask=mask, training=training)
+        a, present = (a, None) if past is None else a
+        x = x + a
+        x = x + self.mlp(self.ln_2(x), training=training)
+        return x if past is None else (x, present)
+
+
+class GPT2(keras.Model):
+    """GPT-2: `model(tokens [B, T] int32) -> logits [B, T, V] float32`.
+
+    Args:
+        config: `ModelConfig`.
+        init: a name in `INITS`, or a function `(path, shape) -> float32 array` (this is how checkpoints are read).
+        seed: of the initial values and of dropout.
+        dtype: a Keras dtype policy; `mixed_bfloat16` computes in bfloat16 with float32 parameters, norms, softmax, logits.
+    """
+
+    def __init__(self, config, init="gpt2", seed=0, dtype=None, name="model"):
+        super().__init__(name=name, dtype=dtype)
+        self.config = config
+        self.values = init if callable(init) else initial_values(config, init, seed)
+        # One stream of dropout masks; its state is a variable, so a checkpoint holds it.
+        self.dropout_seed = keras.random.SeedGenerator(seed)
+        self.blocks = [
+            Block(config, self.values, self.dropout, name=f"h{i}", dtype=self.dtype_policy)
+            for i in range(config.n_layer)
+        ]
+        self.ln_f = Norm(self.values, name="ln_f")
+        self.build((None, None))
+        self.values = None  # the arrays of a checkpoint need not live on
+
+    def build(self, shape):
+        c = self.config
+        self.wpe = self.embedding("wpe", (c.n_ctx, c.n_embd))
+        self.wte = self.embedding("wte", (c.n_vocab, c.n_embd))
+        for layer in (*self.blocks, self.ln_f):
+            layer.build((None, None, c.n_embd))
+        self.built = True
+
+    embedding = _Layer.weight
+
+    def dropout(self, x, rate, training):
+        return keras.random.dropout(x, rate, seed=self.dropout_seed) if training and rate else x
+
+    def empty_cache(self, batch, length):
+        """A cache for `length` positions: for each layer the keys and values, 2 x [B, N, S, H] of zeros."""
+        c = self.config
+        shape = (batch, c.n_head, length, c.n_embd // c.n_head)
+        return [(ops.zeros(shape, self.compute_dtype), ops.zeros(shape, self.compute_dtype)) for _ in self.blocks]
+
+    def hidden(self, tokens, past=None, position=0, start=None, training=False):
+        """The last norm's output [B, T, D] float32; with a `past`, also the new cache. Arguments as `call`."""
+        t = ops.shape(tokens)[1]
+        s = t if past is None else ops.shape(past[0][0])[2]
+        query = position + ops.arange(t)[:, None]  # [T, 1]
+        mask = ops.arange(s)[None, :] <= query  # [T, S]
+        where = query[:, 0]  # [T]
+        if start is not None:  # row b begins at start[b]: hide what lies before it, and count positions from it
+            mask = mask & (ops.arange(s)[None, :] >= start[:, None])[:, None, None, :]  # [B, 1, T, S]
+            where = ops.clip(where - start[:, None], 0, self.config.n_ctx - 1)  # [B, T]
+        x = ops.take(dense_gradient(self.wte), tokens, axis=0) + ops.take(dense_gradient(self.wpe), where, axis=0)
+        x = self.dropout(ops.cast(x, self.compute_dtype), self.config.embd_pdrop, training)  # [B, T, D]
+        present = []
+        for i, block in enumerate(self.blocks):
+            if past is None:
+                x = block(x, mask=mask, training=training)
+            else:
+                x, layer_present = block(x, past=past[i], position=position, mask=mask, training=training)
+                present.append(layer_present)
+        h = self.ln_f(x)
+        return h if past is None else (h, present)
+
+    def logits(self, h):
+        """[B, T, D] -> [B, T, V] float32, by the transpose of wte."""
+        wte = ops.cast(self.wte, self.compute_dtype)
+        return ops.cast(ops.matmul(ops.cast(h, self.compute_dtype), ops.transpose(wte)), "float32")
+
+    def call(self, tokens, past=None, position=0, start=None, training=False):
+        """Logits of the next token at every position.
+
+        Args:
+            tokens: [B, T] int32.
+            past: a cache from `empty_cache` or an earlier call, with `position` of its S places filled.
+            position: how many positions came before these tokens.
+            start: [B] int32, the first position of each row that counts, for prompts padded on the left.
+            training: apply dropout.
+
+        Returns: logits [B, T, V] float32; with a `past`, (logits, present), present being the cache with these tokens.
+        """
+        if past is None:
+            return self.logits(self.hidden(tokens, start=start, training=training))
+        h, present = self.hidden(tokens, past, position, start, training)
+        return self.logits(h), present
+
+    def get_config(self):
+        return {"config": self.config.to_dict(), "dtype": self.dtype_policy.name, "name": self.name}
+
+
+@ops.custom_gradient
+def dense_gradient(x):
+    """x; its gradient is dense. TensorFlow's for a look-up is IndexedSlices, into which it would turn the output matrix' too."""
+
+    def gradient(*args, upstream=None):
+        return ops.reshape(args[0] if upstream is None else upstream, x.shape)
+
+    return ops.copy(x), gradient
+
+
+def nll(logits, labels):
+    """Negative log-likelihood of each label in nats: [B, T, V], [B, T] -> [B, T] float32."""
+    return ops.sparse_categorical_crossentropy(labels, logits, from_logits=True)

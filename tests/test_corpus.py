@@ -1,0 +1,222 @@
+"""Where text comes from: docstrings of packages, folders of files, and when a corpus is built again."""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from gpt2lib.corpus import build, docstrings, files
+from gpt2lib.data import Corpus, CorpusError
+from gpt2lib.tokenizer import Tokenizer
+
+STORIES = Path(__file__).parent / "corpus"
+LONG = "This sentence stands in a docstring and is long enough to be a document of the default corpus."
+
+
+def made(folder, source=STORIES, **options) -> dict:
+    return build(folder, source, **{"n_vocab": 300, "progress": False} | options)
+
+
+# ------------------------------------------------------------------------------------------------------- docstrings
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """An installed package `tale-teller` 1.2; importing any of its files would fail."""
+    files = {
+        "tale_teller/b.py": f'def second():\n    """Second.\n\n    {LONG}\n    """\n',
+        "tale_teller/a.py": (
+            f'"""First. {LONG}"""\nraise SystemExit("never executed")\n'
+            f'class A:\n    if True:\n        async def f(self):\n            r"""Nested \\d. {LONG}"""\n'
+            f'    x = """Not a docstring. {LONG}"""\n    """Nor is this. {LONG}"""\n'
+            f'if True:\n    """Nor this. {LONG}"""\n'
+        ),
+        "tale_teller/c.py": f'"""Bad escape \\d. {LONG}"""\ndef short():\n    "Short."\n',
+        "tale_teller/japanese.py": f'"""{"日本語の説明" * 40}"""\n',
+        "tale_teller/broken.py": f'"""{LONG}"""\ndef\n',
+        "tale_teller/latin.py": b'# coding: latin-1\n"""Caf\xe9. ' + LONG.encode() + b'"""\n',
+        "tale_teller/tests/test_a.py": f'"""A test. {LONG}"""\n',
+    }
+    for name, text in files.items():
+        path = tmp_path / "site" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    info = tmp_path / "site" / "tale_teller-1.2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: Tale_Teller\nVersion: 1.2\n")
+    (info / "RECORD").write_text("".join(f"{name},,\n" for name in [*files, "tale_teller/gone.py"]))
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    return "tale-teller"
+
+
+def test_docstrings_of_a_package(package):
+    assert list(docstrings.docstrings([package])) == [
+        f"First. {LONG}",
+        f"Nested \\d. {LONG}",
+        f"Second.\n\n{LONG}",
+        f"Bad escape \\d. {LONG}",
+        f"Café. {LONG}",
+    ]
+    assert "tale_teller" not in sys.modules
+
+
+def test_docstrings_are_those_that_python_sees():
+    """A real package, against what `inspect` finds in the imported module."""
+    import inspect
+
+    import tqdm.std
+
+    seen = set(docstrings.docstrings(["tqdm"]))
+    documented = [tqdm.std.tqdm, tqdm.std.tqdm.update, tqdm.std.tqdm.format_meter, tqdm.std.tqdm.pandas]
+    assert seen.issuperset(inspect.getdoc(thing) for thing in documented)
+
+
+def test_installed_packages(package):
+    assert docstrings.installed(["Tale.Teller"]) == {"tale-teller": "1.2"}
+    everything = docstrings.installed()
+    assert list(everything) == sorted(everything)
+    assert "gpt2lib" not in everything
+    assert everything["tale-teller"] == "1.2"
+    with pytest.raises(CorpusError, match="the package numpi is not installed; did you mean `numpy`"):
+        docstrings.installed(["numpi"])
+
+
+# ------------------------------------------------------------------------------------------------------------ files
+
+
+def test_every_kind_of_file_in_order(tmp_path):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "z.txt").write_text("text ä\nsecond line\n", encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text('{"text": "line 1"}\n\n{"text": "line \\u00e4", "id": 2}\n')
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
+        file.write('{"text": "zipped"}\n')
+    pyarrow.parquet.write_table(pyarrow.table({"id": [1, 2], "text": ["row 1", "row 2"]}), tmp_path / "c.parquet")
+    (tmp_path / "readme.md").write_text("not read")
+    expected = ["line 1", "line ä", "zipped", "row 1", "row 2", "text ä\nsecond line\n"]
+    assert list(files.documents(tmp_path)) == expected
+    assert [entry["file"] for entry in files.describe(tmp_path)] == ["a.jsonl", "b.jsonl.gz", "c.parquet", "d/z.txt"]
+    assert list(files.documents(tmp_path / "a.jsonl")) == expected[:2]
+
+
+def test_text_field(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "x"}\n')
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["y"]}), tmp_path / "b.parquet")
+    assert list(files.documents(tmp_path, text_field="body")) == ["x", "y"]
+    with pytest.raises(CorpusError, match=r"a\.jsonl, line 1: there is no field `bodi`; did you mean `body`"):
+        list(files.documents(tmp_path, text_field="bodi"))
+    (tmp_path / "a.jsonl").unlink()
+    with pytest.raises(CorpusError, match=r"b\.parquet has no column `bodi`; did you mean `body`"):
+        list(files.documents(tmp_path, text_field="bodi"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a\.jsonl, line 2: this is not JSON"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n["text"]\n',
+            r"a\.jsonl, line 2: a record must be an object with the field `text`",
+        ),
+        ("a.jsonl", b'{"text": null}\n', r"a\.jsonl, line 1: the field `text` is not text but None"),
+        ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl, after line 0: this is not UTF-8"),
+        ("a.jsonl.gz", b"plain", r"a\.jsonl\.gz, after line 0: the gzip file is broken"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n')[:-9], r"a\.jsonl\.gz, after line \d: the gzip file is broken"),
+        ("a.txt", b"\xff\xfe", r"a\.txt is not UTF-8"),
+        ("a.parquet", b"PAR1 no", r"a\.parquet is not a Parquet file"),
+    ],
+)
+def test_bad_files(tmp_path, name, content, sentence):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CorpusError, match=sentence):
+        list(files.documents(tmp_path))
+
+
+def test_parquet_rows_without_text(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["x", None]}), tmp_path / "a.parquet")
+    with pytest.raises(CorpusError, match=r"a\.parquet, row 2: the field `text` is not text but None"):
+        list(files.documents(tmp_path))
+
+
+def test_nothing_to_read(tmp_path):
+    with pytest.raises(CorpusError, match=r"the folder of text .*nowhere does not exist"):
+        files.text_files(tmp_path / "nowhere")
+    with pytest.raises(CorpusError, match=r"there is no text in .*: no file ends with \.txt, \.jsonl"):
+        files.text_files(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------ build
+
+
+def test_build_from_files(tmp_path):
+    manifest = made(tmp_path / "corpus")
+    corpus = Corpus(tmp_path / "corpus")
+    corpus.verify()
+    assert corpus.manifest == manifest
+    assert corpus.n_vocab == 300
+    texts = [json.loads(line)["text"] for line in (STORIES / "stories.jsonl").read_text().splitlines()]
+    written = []
+    for split in ("train", "validation"):
+        text = corpus.tokenizer.decode(corpus.tokens(split)[:])
+        assert text.endswith("<|endoftext|>")
+        written += text.split("<|endoftext|>")[:-1]
+    assert sorted(written) == sorted(texts)
+    assert 0 < corpus.n_documents("validation") < corpus.n_documents("train")
+
+
+def test_build_learns_from_train_only(tmp_path):
+    made(tmp_path / "corpus", validation_fraction=0.5)
+    corpus = Corpus(tmp_path / "corpus")
+    train = corpus.tokenizer.decode(corpus.tokens("train")[:]).split("<|endoftext|>")[:-1]
+    assert Tokenizer.train(train, 300).hash == corpus.tokenizer.hash
+
+
+def test_build_with_a_given_tokenizer(tmp_path):
+    manifest = made(tmp_path / "corpus", tokenizer=Tokenizer([]))
+    assert manifest["tokenizer"] == {"n_vocab": 257, "hash": Tokenizer([]).hash}
+
+
+def test_build_keeps_what_is_made_from_the_same(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    stories = (STORIES / "stories.jsonl").read_bytes()
+    (source / "stories.jsonl").write_bytes(stories)
+    folder = tmp_path / "corpus"
+
+    def inode() -> int:  # of the folder: another one if the corpus was replaced
+        return folder.stat().st_ino
+
+    first = made(folder, source)
+    kept = inode()
+    (source / "stories.jsonl").touch()
+    assert made(folder, source) == first
+    assert inode() == kept
+
+    assert made(folder, source, n_vocab=301)["tokenizer"]["n_vocab"] == 301
+    assert made(folder, source, n_vocab=301, validation_fraction=0.2)["validation_fraction"] == 0.2
+    (source / "stories.jsonl").write_bytes(stories.replace(b"Ada", b"Eda"))
+    changed = made(folder, source, n_vocab=301, validation_fraction=0.2)
+    assert changed["source"]["files"] != first["source"]["files"]
+    (folder / "train-00000.bin").unlink()
+    assert made(folder, source, n_vocab=301, validation_fraction=0.2) == changed
+    Corpus(folder).verify()
+
+
+def test_build_that_fails_keeps_the_old_corpus(tmp_path):
+    made(tmp_path / "corpus")
+    before = Corpus(tmp_path / "corpus").hash
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
+    with pytest.raises(CorpusError, match="the corpus empty is empty"):
+        made(tmp_path / "corpus", tmp_path / "empty.jsonl")
+    assert Corpus(tmp_path / "corpus").hash == before
+
+
+def test_build_from_docstrings(package, tmp_path):
+    folder = tmp_path / "corpus"
+    manifest = build(folder, n_vocab=258, validation_fraction=0.4, progress=False, packages=[package])
+    assert manifest["source"]["packages"] == {"tale-teller": "1.2"}
+    assert sum(Corpus(folder).n_documents(split) for split in ("train", "validation")) == 5

@@ -1,0 +1,117 @@
+"""The tree keeps its own rules: imports point one way, studies load, notebooks hold what they must."""
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from gpt2lib import study
+
+pytestmark = pytest.mark.backend_free
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARY = ROOT / "gpt2lib"
+SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
+EXECUTED = sorted(p for p in (ROOT / "reports").rglob("*.ipynb") if p.suffixes == [".ipynb"] and p.name[0] != ".")
+STUDIES = sorted({path.parent for path in (ROOT / "reports").rglob("*.yaml")})
+
+# What a module of gpt2lib may import of gpt2lib. A package's modules also import each other.
+BASE = {"config"}
+CORE = BASE | {"model", "adafactor", "schedule", "tokenizer"}
+MIDDLE = CORE | {"data", "checkpoint", "sample"}
+TOP = MIDDLE | {"train", "report", "device"}
+MAY_IMPORT = {
+    "__init__": set(),
+    "config": set(),
+    **dict.fromkeys(("model", "adafactor", "schedule", "tokenizer"), BASE),
+    **dict.fromkeys(("data", "checkpoint"), MIDDLE),
+    "sample": MIDDLE | {"device"},  # compiles what it runs
+    "report": set(),
+    "device": set(),
+    "study": {"config", "report"},
+    "corpus": MIDDLE,
+    **dict.fromkeys(("train", "evaluate", "plan"), TOP | {"corpus", "evaluate", "plan"}),
+}
+
+
+def name_of(path: Path) -> str:
+    """The module of gpt2lib, or the package, that a file belongs to."""
+    first, *rest = path.relative_to(LIBRARY).parts
+    return first if rest else Path(first).stem
+
+
+def imported(nodes) -> set[str]:
+    """The full names of the modules that import statements name; `from gpt2lib import x` counts as gpt2lib.x."""
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports name gpt2lib in full, so that this test can read them"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def at_import_time(node: ast.AST):
+    """The statements that run when a module is imported: everything outside functions and TYPE_CHECKING."""
+    for child in ast.iter_child_nodes(node):
+        guarded = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
+        if not guarded and not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield child
+            yield from at_import_time(child)
+
+
+@pytest.mark.parametrize("path", sorted(LIBRARY.rglob("*.py")), ids=lambda path: str(path.relative_to(LIBRARY)))
+def test_imports_point_one_way(path):
+    tree, name = ast.parse(path.read_text()), name_of(path)
+    assert name in MAY_IMPORT, f"say in MAY_IMPORT what gpt2lib.{name} may import"
+    everything = imported(ast.walk(tree))
+    ours = {full.split(".")[1] for full in everything if full.startswith("gpt2lib.")}
+    assert ours <= MAY_IMPORT[name] | {name}
+    tops = {full.split(".")[0] for full in everything}
+    assert "papermill" not in tops or name == "study", "only study.py imports papermill"
+    heavy = {full.split(".")[0] for full in imported(at_import_time(tree))} & {"tensorflow", "jax", "torch"}
+    assert not heavy, "a backend is imported inside the function that needs it: the other runtimes do not have it"
+
+
+@pytest.mark.parametrize("folder", STUDIES, ids=lambda path: path.name)
+def test_every_study_passes_its_checks(folder, monkeypatch):
+    monkeypatch.setenv("GPT2LIB_WORKSPACE", str(ROOT))
+    for run in study.plan(folder):
+        outputs = [run.file(suffix).exists() for suffix in (".ipynb", ".json")]
+        assert not (run.needs and any(outputs)), f"{run.stem} says that it was not yet run, but has outputs"
+        assert outputs[0] == outputs[1], f"{run.stem} has only one of its two outputs"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_a_source_notebook_has_parameters_and_no_outputs(path):
+    cells = nbformat.read(path, as_version=4).cells
+    assert sum("parameters" in cell.metadata.get("tags", ()) for cell in cells) == 1
+    for cell in cells:
+        if cell.cell_type == "code":
+            assert not cell.outputs and cell.execution_count is None, "clear the outputs before saving"
+
+
+@pytest.mark.parametrize("path", EXECUTED, ids=lambda path: str(path.relative_to(ROOT / "reports")))
+def test_an_executed_notebook_was_executed(path):
+    """nbval passes over a notebook without outputs, so a reference must have them."""
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), "run it from top to bottom"
+    assert any(cell.outputs for cell in code)
+    assert not any(output.output_type == "error" for cell in code for output in cell.outputs)
+    home = re.compile(r"(?<![\w.~/])/(home|root|Users|work|tmp|content|opt)/\w")
+    found = home.search(json.dumps([notebook.metadata, *([cell.metadata, cell.get("outputs")] for cell in code)]))
+    assert not found, f"an output shows a path of one machine: {found.string[found.start() - 40 : found.end() + 40]}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "reports").rglob("*.ipynb")), ids=lambda path: path.stem)
+def test_numbers_beside_a_notebook_say_where_they_came_from(path):
+    if path not in EXECUTED:
+        pytest.skip("an unfinished or failed run")
+    recorded = json.loads(path.with_suffix(".json").read_text())
+    assert recorded["git_commit"] and recorded["versions"] and recorded["device"]
+    assert recorded["inputs"], "only a study writes numbers to keep"
