@@ -1,0 +1,31 @@
+"""What all tests share: a quiet start, the golden values, and how far two arrays are apart."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before anything imports TensorFlow
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of recorded values; see its README."""
+    return ROOT / "tests" / "golden"
+
+
+@pytest.fixture(scope="session")
+def shared_golden() -> Path:
+    """The folder of recorded values that are too large to be kept here; tests skip where it is absent."""
+    return ROOT.parent / "shared" / "golden"
+
+
+def relative_error(a, b) -> float:
+    """The largest difference between a and b, as a part of the largest entry of b."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    assert a.shape == b.shape, f"{a.shape} is not {b.shape}"
+    return float(np.max(np.abs(a - b)) / np.max(np.abs(b)))
