@@ -210,7 +210,7 @@ def train(config: TrainConfig, restart: bool = False) -> dict:
     shape = config.model_config(corpus.n_vocab)
     if shape.n_vocab < corpus.n_vocab:
         raise ConfigError(f"model.n_vocab is {shape.n_vocab}, but {config.corpus} has {corpus.n_vocab} words")
-    batches = Batches(corpus, "train", config.batch_size, shape.n_ctx, config.seed)
+    batches = Batches(corpus, batch_size=config.batch_size, n_ctx=shape.n_ctx, seed=config.seed)
     validation = validation_windows(corpus, shape.n_ctx, config.validation_windows)
     if restart:
         shutil.rmtree(run_dir, ignore_errors=True)
