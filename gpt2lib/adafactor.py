@@ -1,7 +1,7 @@
 """Adafactor (Shazeer & Stern 2018, arXiv:1804.04235), as the 2019 replication used it, for Keras 3 on any backend.
 
-The second moment of a matrix [.., R, C] is kept as its row and column means, R + C numbers instead of R * C, so the optimizer's
-state is well under 1% of a GPT-2's parameters. Keras' own Adafactor allocates a full-size slot for every variable besides.
+The second moment of a matrix [.., R, C] is kept as its row and column means, R + C numbers instead of R * C: well under
+1% of a GPT-2's parameters. Keras' own Adafactor allocates a full-size slot for every variable besides.
 """
 
 import keras
@@ -9,7 +9,7 @@ from keras import ops
 
 
 def decay_rate(step, decay_type="pow", decay_exponent=0.8, beta2=0.98):
-    """Decay of the second moments at step t = `step` (from 1): section 7.1's 1 - t^-c, or Adam's with its bias correction."""
+    """Decay of the second moments at `step` t, from 1: section 7.1's 1 - t^-c, or Adam's with its bias correction."""
     if decay_type == "pow":
         return 1 - ops.power(step, -decay_exponent)
     return beta2 * (1 - ops.power(beta2, step - 1)) / (1 - ops.power(beta2, step))
@@ -22,7 +22,7 @@ def rms(x):
 
 @keras.saving.register_keras_serializable("gpt2lib")
 class DefaultRate(keras.optimizers.schedules.LearningRateSchedule):
-    """The paper's relative step size min(t^-0.5, 1e-2), t from 1; times 0.05 when it has to serve as an absolute one."""
+    """The paper's relative step size min(t^-0.5, 1e-2), t from 1, times `scale`."""
 
     def __init__(self, scale=1.0):
         self.scale = scale
@@ -36,11 +36,12 @@ class DefaultRate(keras.optimizers.schedules.LearningRateSchedule):
 
 @keras.saving.register_keras_serializable("gpt2lib")
 class Adafactor(keras.optimizers.Optimizer):
-    """Adafactor, algorithm 4 of arXiv:1804.04235 with relative step sizes, optional momentum and decoupled weight decay.
+    """Adafactor: algorithm 4 of arXiv:1804.04235, with relative steps, optional momentum, decoupled weight decay.
 
     Args:
-        learning_rate: float or schedule of the step from 0. With `multiply_by_parameter_scale` it is relative: the step is this
-            times max(RMS(parameter), epsilon2), section 8. Without, it is absolute. None: `DefaultRate`.
+        learning_rate: float or schedule of the step from 0. With `multiply_by_parameter_scale` it is relative: the step
+            is this times max(RMS(parameter), epsilon2), section 8. Without, it is absolute. None: `DefaultRate`, times
+            0.05 without parameter scale.
         decay_type: "pow" (1 - t^-decay_exponent) or "adam" (beta2, bias-corrected).
         decay_exponent, beta2: of those two.
         beta1: momentum on the update, without bias correction; 0 keeps no momentum.

@@ -1,7 +1,7 @@
 """Checkpoints: of training, atomic and checksummed; OpenAI's TF1 layout, both ways.
 
 A training checkpoint is a folder `step-00000500` with `state.safetensors` (parameters, dropout state, optimizer) and
-`checkpoint.json` (step, configuration, checksum). It holds plain arrays, so either backend restores what the other saved.
+`checkpoint.json` (step, configuration, checksum): plain arrays, so that either backend restores what the other saved.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ def state_arrays(model, optimizer=None) -> dict:
 def save(folder, step: int, arrays: dict, info: dict, keep: int = 2) -> Path:
     """Write `folder/step-XXXXXXXX`, beside and then renamed, and delete all but the last `keep` checkpoints.
 
-    `info` is stored as JSON beside the arrays. Raises CheckpointError when the disk is full; nothing older is touched then.
+    `info` is stored as JSON beside the arrays. Raises CheckpointError when the disk is full; older ones stay then.
     """
     from safetensors.numpy import save_file
 
@@ -142,7 +142,7 @@ def openai_shapes(config) -> dict:
 def load_openai(folder, dtype: str | None = None):
     """The model of a folder in OpenAI's released layout (`hparams.json`, `model.ckpt.*`).
 
-    A released checkpoint is read without TensorFlow: its float32 variables lie one after another in the order of their names.
+    A released checkpoint is read without TensorFlow: its float32 variables lie one after another, sorted by name.
     Any other TF1 checkpoint (several shards, optimizer slots, other names) is read through TensorFlow.
     Raises CheckpointError naming a missing or mis-shaped variable.
     """
@@ -176,7 +176,7 @@ def load_openai(folder, dtype: str | None = None):
 def save_openai(model, folder) -> None:
     """Write the model as a folder in OpenAI's released layout: `hparams.json`, `checkpoint`, `model.ckpt.*`.
 
-    Written beside and renamed. Needs TensorFlow (any backend may be in use). An existing folder is replaced only on success.
+    Needs TensorFlow, whatever the backend in use. Written beside and renamed: an older folder stays until it succeeds.
     """
     tf = _tensorflow("write OpenAI's TF1 layout")
     folder = Path(folder)

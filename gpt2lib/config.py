@@ -43,9 +43,8 @@ class _Strict:
             if not _matches(value, hints[f.name]):
                 hint = getattr(hints[f.name], "__name__", hints[f.name])
                 written = " (in YAML write 1.0e-4, not 1e-4)" if isinstance(value, str) and hint != "str" else ""
-                raise ConfigError(
-                    f"{type(self).__name__}.{f.name} must be {hint}, got {value!r} of type {type(value).__name__}{written}"
-                )
+                what, kind = f"{type(self).__name__}.{f.name}", type(value).__name__
+                raise ConfigError(f"{what} must be {hint}, got {value!r} of type {kind}{written}")
 
     @classmethod
     def from_dict(cls, values: dict):

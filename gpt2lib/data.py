@@ -304,6 +304,14 @@ class Corpus:
             )
         return tokenizer
 
+    def check_tokenizer(self, expected: str, who: str) -> None:
+        """CorpusError unless `expected`, the hash of the tokenizer that `who` was trained with, is this corpus's."""
+        if expected != self.manifest["tokenizer"]["hash"]:
+            raise CorpusError(
+                f"{who} was trained with another tokenizer than that of {self.folder}; "
+                "give the corpus that it was trained on"
+            )
+
     @property
     def n_vocab(self) -> int:
         """Entries of the tokenizer's vocabulary."""

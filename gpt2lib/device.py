@@ -7,9 +7,9 @@ import platform
 
 
 def setup() -> str:
-    """Choose and import the backend without its start-up messages, and `describe()` it. Call it before importing keras.
+    """Choose and import the backend without its start-up messages, and `describe()` it, before keras is imported.
 
-    KERAS_BACKEND decides, as everywhere in Keras; where it is not set and TensorFlow is not installed (a TPU runtime), JAX.
+    KERAS_BACKEND decides, as everywhere in Keras; where it is not set and there is no TensorFlow, as on a TPU, JAX.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if importlib.util.find_spec("tensorflow") is None:

@@ -1,9 +1,7 @@
 """GPT-2 in Keras 3, top to bottom: norm, linear, attention, mlp, block, model.
 
-Follows `src/model.py` of openai/gpt-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3);
-a variable's path is its name in OpenAI's checkpoints.
-
-Shapes: B batch, T query position, S key position, D n_embd, N heads, H head size (D = N * H), F 4 * D, V vocabulary, L layer.
+Follows `src/model.py` of openai/gpt-2 (Radford et al. 2019, section 2.3); a variable's path is its name there.
+Shapes: B batch, T query position, S key position, D n_embd, N heads, H = D / N, F = 4 * D, V vocabulary, L layer.
 """
 
 import math
@@ -15,8 +13,7 @@ from keras import ops
 
 from gpt2lib.config import ConfigError, nearest
 
-# Standard deviation of the initial weights of a matrix, by its path, shape [nx, nf] and the number of layers.
-# Embeddings are 0.02 (wte) and 0.01 (wpe) in all of them.
+# Standard deviation of a kernel [nx, nf] by its path, nx and the number of layers; wte has 0.02, wpe 0.01 in all.
 INITS = {
     # OpenAI's 0.02 and the paper's 1/sqrt(N) on residual projections, N = 2 * n_layer residual branches
     "gpt2": lambda path, nx, n_layer: 0.02 / math.sqrt(2 * n_layer) if "c_proj" in path else 0.02,
@@ -38,10 +35,8 @@ def initial_values(config, init: str, seed: int):
 
     def values(path, shape):
         kind = path.rsplit("/", 1)[-1]
-        if kind == "b":
-            return np.zeros(shape, np.float32)
-        if kind == "g":
-            return np.ones(shape, np.float32)
+        if kind in "bg":
+            return np.full(shape, kind == "g", np.float32)
         std = {"wte": 0.02, "wpe": 0.01}.get(kind) or INITS[init](path, shape[0], config.n_layer)
         random = np.random.Generator(np.random.Philox([seed, zlib.crc32(path.encode())]))
         array = random.standard_normal(shape, np.float32)
@@ -52,28 +47,28 @@ def initial_values(config, init: str, seed: int):
 
 
 class _Layer(keras.layers.Layer):
-    """A layer whose variables get their first values from `values(path, shape)`."""
+    """A layer with what all layers of one model share: `values(path, shape)` gives first values, `dropout` drops."""
 
-    def __init__(self, values, **kwargs):
-        super().__init__(**kwargs)
-        self.values = values
+    def __init__(self, name, config, values, dropout, dtype):
+        super().__init__(name=name, dtype=dtype)
+        self.config, self.values, self.dropout = config, values, dropout
+
+    def child(self, kind, name, *args):
+        return kind(name, self.config, self.values, self.dropout, self.dtype_policy, *args)
 
     def weight(self, name, shape):
         array = self.values(f"{self.path}/{name}", shape)
-        return self.add_weight(
-            shape=shape, initializer=lambda shape, dtype: ops.convert_to_tensor(array, dtype), name=name
-        )
+        return self.add_weight(shape, lambda shape, dtype: ops.convert_to_tensor(array, dtype), name=name)
 
 
 class Norm(_Layer):
     """Layer normalisation over the last axis, epsilon 1e-5, always in float32: [..., D] -> [..., D]."""
 
-    def __init__(self, values, **kwargs):
-        super().__init__(values, **{**kwargs, "dtype": "float32"})
+    def __init__(self, name, config, values, dropout, dtype):
+        super().__init__(name, config, values, dropout, "float32")
 
     def build(self, shape):
-        self.g = self.weight("g", (shape[-1],))
-        self.b = self.weight("b", (shape[-1],))
+        self.g, self.b = self.weight("g", (shape[-1],)), self.weight("b", (shape[-1],))
 
     def call(self, x):
         centred = x - ops.mean(x, axis=-1, keepdims=True)
@@ -84,28 +79,23 @@ class Norm(_Layer):
 class Conv1D(_Layer):
     """OpenAI's name for a linear map: [..., nx] -> [..., nf], kernel `w` [nx, nf]."""
 
-    def __init__(self, nf, values, **kwargs):
-        super().__init__(values, **kwargs)
+    def __init__(self, name, config, values, dropout, dtype, nf):
+        super().__init__(name, config, values, dropout, dtype)
         self.nf = nf
 
     def build(self, shape):
-        self.w = self.weight("w", (shape[-1], self.nf))
-        self.b = self.weight("b", (self.nf,))
+        self.w, self.b = self.weight("w", (shape[-1], self.nf)), self.weight("b", (self.nf,))
 
     def call(self, x):
         return ops.matmul(x, self.w) + self.b
 
 
 class Attention(_Layer):
-    """Causal multi-head self-attention: [B, T, D] -> [B, T, D]; with a `past`, also the new cache."""
-
-    def __init__(self, config, values, dropout, **kwargs):
-        super().__init__(values, **kwargs)
-        self.config, self.dropout = config, dropout
-        self.c_attn = Conv1D(3 * config.n_embd, values, name="c_attn", dtype=self.dtype_policy)
-        self.c_proj = Conv1D(config.n_embd, values, name="c_proj", dtype=self.dtype_policy)
+    """Causal multi-head self-attention: [B, T, D] -> [B, T, D] and the keys and values, 2 x [B, N, S, H]."""
 
     def build(self, shape):
+        d = self.config.n_embd
+        self.c_attn, self.c_proj = self.child(Conv1D, "c_attn", 3 * d), self.child(Conv1D, "c_proj", d)
         self.c_attn.build(shape)
         self.c_proj.build(shape)
 
@@ -123,31 +113,25 @@ class Attention(_Layer):
         if past is not None:  # write the T new keys and values behind the `position` old ones: [B, N, S, H]
             k = ops.slice_update(past[0], (0, 0, position, 0), ops.cast(k, past[0].dtype))
             v = ops.slice_update(past[1], (0, 0, position, 0), ops.cast(v, past[1].dtype))
-            present = (k, v)
         scores = ops.matmul(q, ops.swapaxes(k, -1, -2))  # [B, N, T, H] @ [B, N, H, S] -> [B, N, T, S]
         scores = ops.cast(scores, "float32") / math.sqrt(self.config.n_embd // self.config.n_head)
         scores = ops.where(mask, scores, -1e10)
         weights = ops.cast(ops.softmax(scores, axis=-1), self.compute_dtype)
         weights = self.dropout(weights, self.config.attn_pdrop, training)
-        a = self.c_proj(
-            self.merge_heads(ops.matmul(weights, v))
-        )  # [B, N, T, S] @ [B, N, S, H] -> [B, N, T, H] -> [B, T, D]
+        a = ops.matmul(weights, v)  # [B, N, T, S] @ [B, N, S, H] -> [B, N, T, H]
+        a = self.c_proj(self.merge_heads(a))  # [B, T, D]
         a = self.dropout(a, self.config.resid_pdrop, training)
-        return a if past is None else (a, present)
+        return a, (k, v)
 
 
 class MLP(_Layer):
     """Two linear maps around a tanh-GELU: [B, T, D] -> [B, T, F] -> [B, T, D]."""
 
-    def __init__(self, config, values, dropout, **kwargs):
-        super().__init__(values, **kwargs)
-        self.config, self.dropout = config, dropout
-        self.c_fc = Conv1D(4 * config.n_embd, values, name="c_fc", dtype=self.dtype_policy)
-        self.c_proj = Conv1D(config.n_embd, values, name="c_proj", dtype=self.dtype_policy)
-
     def build(self, shape):
+        d = self.config.n_embd
+        self.c_fc, self.c_proj = self.child(Conv1D, "c_fc", 4 * d), self.child(Conv1D, "c_proj", d)
         self.c_fc.build(shape)
-        self.c_proj.build((*shape[:-1], 4 * shape[-1]))
+        self.c_proj.build((*shape[:-1], 4 * d))
 
     def call(self, x, training=False):
         h = ops.gelu(self.c_fc(x), approximate=True)
@@ -155,25 +139,19 @@ class MLP(_Layer):
 
 
 class Block(_Layer):
-    """x + attention(norm(x)), then x + mlp(norm(x)): [B, T, D] -> [B, T, D]; with a `past`, also the new cache."""
-
-    def __init__(self, config, values, dropout, **kwargs):
-        super().__init__(values, **kwargs)
-        self.ln_1 = Norm(values, name="ln_1")
-        self.attn = Attention(config, values, dropout, name="attn", dtype=self.dtype_policy)
-        self.ln_2 = Norm(values, name="ln_2")
-        self.mlp = MLP(config, values, dropout, name="mlp", dtype=self.dtype_policy)
+    """x + attention(norm(x)), then x + mlp(norm(x)): [B, T, D] -> [B, T, D] and the keys and values."""
 
     def build(self, shape):
+        self.ln_1, self.attn = self.child(Norm, "ln_1"), self.child(Attention, "attn")
+        self.ln_2, self.mlp = self.child(Norm, "ln_2"), self.child(MLP, "mlp")
         for layer in (self.ln_1, self.attn, self.ln_2, self.mlp):
             layer.build(shape)
 
     def call(self, x, past=None, position=0, mask=None, training=False):
-        a = self.attn(self.ln_1(x), past=past, position=position, mask=mask, training=training)
-        a, present = (a, None) if past is None else a
+        a, present = self.attn(self.ln_1(x), past=past, position=position, mask=mask, training=training)
         x = x + a
         x = x + self.mlp(self.ln_2(x), training=training)
-        return x if past is None else (x, present)
+        return x, present
 
 
 class GPT2(keras.Model):
@@ -183,22 +161,20 @@ class GPT2(keras.Model):
         config: `ModelConfig`.
         init: a name in `INITS`, or a function `(path, shape) -> float32 array` (this is how checkpoints are read).
         seed: of the initial values and of dropout.
-        dtype: a Keras dtype policy; `mixed_bfloat16` computes in bfloat16 with float32 parameters, norms, softmax, logits.
+        dtype: a Keras dtype policy; with `mixed_bfloat16` parameters, norms, softmax and logits stay float32.
     """
 
     def __init__(self, config, init="gpt2", seed=0, dtype=None, name="model"):
         super().__init__(name=name, dtype=dtype)
         self.config = config
-        self.values = init if callable(init) else initial_values(config, init, seed)
+        self.source = init if callable(init) else initial_values(config, init, seed)
         # One stream of dropout masks; its state is a variable, so a checkpoint holds it.
         self.dropout_seed = keras.random.SeedGenerator(seed)
-        self.blocks = [
-            Block(config, self.values, self.dropout, name=f"h{i}", dtype=self.dtype_policy)
-            for i in range(config.n_layer)
-        ]
-        self.ln_f = Norm(self.values, name="ln_f")
+        shared = (config, self.values, self.dropout, self.dtype_policy)
+        self.blocks = [Block(f"h{i}", *shared) for i in range(config.n_layer)]
+        self.ln_f = Norm("ln_f", *shared)
         self.build((None, None))
-        self.values = None  # the arrays of a checkpoint need not live on
+        self.source = None  # the arrays of a checkpoint need not live on
 
     def build(self, shape):
         c = self.config
@@ -208,6 +184,10 @@ class GPT2(keras.Model):
             layer.build((None, None, c.n_embd))
         self.built = True
 
+    def values(self, path, shape):
+        """The first value of a variable, of whatever layer."""
+        return self.source(path, shape)
+
     embedding = _Layer.weight
 
     def dropout(self, x, rate, training):
@@ -216,12 +196,14 @@ class GPT2(keras.Model):
     def empty_cache(self, batch, length):
         """A cache for `length` positions: for each layer the keys and values, 2 x [B, N, S, H] of zeros."""
         c = self.config
-        shape = (batch, c.n_head, length, c.n_embd // c.n_head)
-        return [(ops.zeros(shape, self.compute_dtype), ops.zeros(shape, self.compute_dtype)) for _ in self.blocks]
+        zeros = ops.zeros((batch, c.n_head, length, c.n_embd // c.n_head), self.compute_dtype)
+        return [(zeros, zeros) for _ in self.blocks]
 
     def hidden(self, tokens, past=None, position=0, start=None, training=False):
-        """The last norm's output [B, T, D] float32; with a `past`, also the new cache. Arguments as `call`."""
+        """The last norm's output [B, T, D] float32 and the cache with these tokens. Arguments as `call`."""
         t = ops.shape(tokens)[1]
+        if isinstance(t, int) and t > self.config.n_ctx and start is None:
+            raise ValueError(f"{t} tokens are more than the context of {self.config.n_ctx}; shorten the text")
         s = t if past is None else ops.shape(past[0][0])[2]
         query = position + ops.arange(t)[:, None]  # [T, 1]
         mask = ops.arange(s)[None, :] <= query  # [T, S]
@@ -229,17 +211,13 @@ class GPT2(keras.Model):
         if start is not None:  # row b begins at start[b]: hide what lies before it, and count positions from it
             mask = mask & (ops.arange(s)[None, :] >= start[:, None])[:, None, None, :]  # [B, 1, T, S]
             where = ops.clip(where - start[:, None], 0, self.config.n_ctx - 1)  # [B, T]
-        x = ops.take(dense_gradient(self.wte), tokens, axis=0) + ops.take(dense_gradient(self.wpe), where, axis=0)
+        x = look_up(self.wte, tokens) + look_up(self.wpe, where)
         x = self.dropout(ops.cast(x, self.compute_dtype), self.config.embd_pdrop, training)  # [B, T, D]
         present = []
-        for i, block in enumerate(self.blocks):
-            if past is None:
-                x = block(x, mask=mask, training=training)
-            else:
-                x, layer_present = block(x, past=past[i], position=position, mask=mask, training=training)
-                present.append(layer_present)
-        h = self.ln_f(x)
-        return h if past is None else (h, present)
+        for block, layer_past in zip(self.blocks, past or [None] * len(self.blocks), strict=True):
+            x, layer_present = block(x, past=layer_past, position=position, mask=mask, training=training)
+            present.append(layer_present)
+        return self.ln_f(x), present
 
     def logits(self, h):
         """[B, T, D] -> [B, T, V] float32, by the transpose of wte."""
@@ -258,23 +236,24 @@ class GPT2(keras.Model):
 
         Returns: logits [B, T, V] float32; with a `past`, (logits, present), present being the cache with these tokens.
         """
-        if past is None:
-            return self.logits(self.hidden(tokens, start=start, training=training))
         h, present = self.hidden(tokens, past, position, start, training)
-        return self.logits(h), present
-
-    def get_config(self):
-        return {"config": self.config.to_dict(), "dtype": self.dtype_policy.name, "name": self.name}
+        return self.logits(h) if past is None else (self.logits(h), present)
 
 
-@ops.custom_gradient
-def dense_gradient(x):
-    """x; its gradient is dense. TensorFlow's for a look-up is IndexedSlices, into which it would turn the output matrix' too."""
+def look_up(table, rows):
+    """Rows of a table, with a dense gradient: [R, D], int [...] -> [..., D].
 
-    def gradient(*args, upstream=None):
-        return ops.reshape(args[0] if upstream is None else upstream, x.shape)
+    TensorFlow's own gradient is IndexedSlices, which would swallow the dense one that wte has as the output matrix.
+    """
 
-    return ops.copy(x), gradient
+    @ops.custom_gradient
+    def dense(x):
+        def gradient(*args, upstream=None):
+            return ops.reshape(args[0] if upstream is None else upstream, x.shape)
+
+        return ops.copy(x), gradient
+
+    return ops.take(dense(ops.copy(table)), rows, axis=0)
 
 
 def nll(logits, labels):

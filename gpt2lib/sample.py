@@ -89,8 +89,7 @@ def generate(
 
     Args:
         model: GPT2.
-        prompts: lists of token ids, of any lengths >= 1; they are run as one batch. A model is asked for a text from nothing
-            with the prompt [end_of_text].
+        prompts: lists of token ids, of any lengths >= 1, run as one batch; [end_of_text] asks for a text from nothing.
         length: most new tokens; with the longest prompt it must fit into n_ctx.
         temperature: logits are divided by it; 0 always takes the most likely token.
         top_k: sample among the k most likely tokens; 0: all.
@@ -114,8 +113,8 @@ def generate(
             raise ValueError(f"prompt {i} is empty; to start from nothing give [{c.n_vocab - 1}], the end of text")
         if len(prompt) + length > c.n_ctx:
             raise ValueError(
-                f"prompt {i} has {len(prompt)} tokens and {length} more are asked for, but the context holds {c.n_ctx}; "
-                "shorten the prompt or the length"
+                f"prompt {i} has {len(prompt)} tokens and {length} more are asked for, but the context holds {c.n_ctx}"
+                "; shorten the prompt or the length"
             )
         if not 0 <= min(prompt) <= max(prompt) < c.n_vocab:
             raise ValueError(f"prompt {i} has an id outside 0..{c.n_vocab - 1}; was it encoded by another tokenizer?")
@@ -132,8 +131,7 @@ def generate(
     if key not in programs:
         programs[key] = compiled(model, _program(model, length, width + length, greedy, top_k, top_p < 1))
     seed = secrets.randbits(31) if seed is None else seed
-    arguments = [(tokens, "int32"), (start, "int32"), (temperature or 1.0, "float32"), (top_p, "float32"), (seed, "int32"),
-                 (end, "int32")]  # fmt: skip
-    out = np.asarray(programs[key](*(ops.convert_to_tensor(value, dtype) for value, dtype in arguments)))
-    rows = out.tolist()
+    floats = [ops.convert_to_tensor(value, "float32") for value in (temperature or 1.0, top_p)]
+    tokens, start, seed, end_id = (ops.convert_to_tensor(value, "int32") for value in (tokens, start, seed, end))
+    rows = np.asarray(programs[key](tokens, start, *floats, seed, end_id)).tolist()
     return [row[: row.index(end)] if end in row else row for row in rows]

@@ -71,7 +71,7 @@ def mean_loss(model, tokens):
 
 
 def jax_step(model, optimizer):
-    """The train step as a pure function (trainable, other, slots, tokens [B, T + 1]) -> (trainable, other, slots, measures).
+    """The train step, pure: (trainable, other, slots, tokens [B, T + 1]) -> (trainable, other, slots, measures).
 
     `trainable`, `other` are the values of the model's variables, `slots` those of the optimizer's.
     """
@@ -253,8 +253,8 @@ def train(config: TrainConfig, restart: bool = False) -> dict:
             if not math.isfinite(loss):
                 at = done - len(losses) + i + 1
                 raise TrainingError(
-                    f"the loss of step {at} is {loss}; lower the learning rate ({config.learning_rate}) or lengthen the "
-                    f"warm-up ({config.warmup_steps} steps); checkpoints from before stay in {run_dir}"
+                    f"the loss of step {at} is {loss}; lower the learning rate ({config.learning_rate}) or lengthen "
+                    f"the warm-up ({config.warmup_steps} steps); checkpoints from before stay in {run_dir}"
                 )
 
     if not done:

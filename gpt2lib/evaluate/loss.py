@@ -68,7 +68,7 @@ class Loss:
 def total(nats, n_bytes: int = 0) -> Loss:
     """Sum per-token losses [W, T] in nats, window by window; sums first, one division at the end."""
     nats = np.asarray(nats, np.float64)
-    windows, width = nats.shape
+    windows = len(nats)
     spread = nats.sum(1).std(ddof=1) if windows > 1 else math.nan
     return Loss(float(nats.sum()), nats.size, windows, float(spread * math.sqrt(windows) / nats.size), n_bytes)
 
@@ -79,7 +79,7 @@ def loss_function(model):
 
 
 def window_losses(function, windows, batch_size: int = 8, progress=None):
-    """Per-token losses [W, T] float32 in nats of windows [W, T + 1], `batch_size` at a time; `progress` wraps the loop."""
+    """Losses [W, T] float32 in nats of windows [W, T + 1], `batch_size` at a time; `progress` wraps the loop."""
     starts = range(0, len(windows), batch_size)
     results = []
     for start in progress(starts) if progress else starts:
@@ -91,5 +91,5 @@ def window_losses(function, windows, batch_size: int = 8, progress=None):
 
 
 def count_bytes(windows, tokenizer) -> int:
-    """UTF-8 bytes of the text that the predicted tokens of windows [W, T + 1] stand for; the end of text stands for none."""
+    """UTF-8 bytes that the predicted tokens of windows [W, T + 1] stand for; the end of text stands for none."""
     return int(tokenizer.byte_lengths[windows[:, 1:]].sum())
