@@ -19,7 +19,7 @@ from os import PathLike
 from pathlib import Path
 
 import numpy as np
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from gpt2lib.config import nearest
 from gpt2lib.tokenizer import Tokenizer

@@ -108,14 +108,14 @@ class Attention(_Layer):
         b, n, t, h = ops.shape(x)
         return ops.reshape(ops.transpose(x, (0, 2, 1, 3)), (b, t, n * h))
 
-    def call(self, x, past=None, position=0, mask=None, training=False):
+    def call(self, x, past=None, position=0, visible=None, training=False):
         q, k, v = (self.split_heads(part) for part in ops.split(self.c_attn(x), 3, axis=-1))  # 3 x [B, N, T, H]
         if past is not None:  # write the T new keys and values behind the `position` old ones: [B, N, S, H]
             k = ops.slice_update(past[0], (0, 0, position, 0), ops.cast(k, past[0].dtype))
             v = ops.slice_update(past[1], (0, 0, position, 0), ops.cast(v, past[1].dtype))
         scores = ops.matmul(q, ops.swapaxes(k, -1, -2))  # [B, N, T, H] @ [B, N, H, S] -> [B, N, T, S]
         scores = ops.cast(scores, "float32") / math.sqrt(self.config.n_embd // self.config.n_head)
-        scores = ops.where(mask, scores, -1e10)
+        scores = ops.where(visible, scores, -1e10)
         weights = ops.cast(ops.softmax(scores, axis=-1), self.compute_dtype)
         weights = self.dropout(weights, self.config.attn_pdrop, training)
         a = ops.matmul(weights, v)  # [B, N, T, S] @ [B, N, S, H] -> [B, N, T, H]
@@ -147,8 +147,8 @@ class Block(_Layer):
         for layer in (self.ln_1, self.attn, self.ln_2, self.mlp):
             layer.build(shape)
 
-    def call(self, x, past=None, position=0, mask=None, training=False):
-        a, present = self.attn(self.ln_1(x), past=past, position=position, mask=mask, training=training)
+    def call(self, x, past=None, position=0, visible=None, training=False):
+        a, present = self.attn(self.ln_1(x), past=past, position=position, visible=visible, training=training)
         x = x + a
         x = x + self.mlp(self.ln_2(x), training=training)
         return x, present
@@ -206,16 +206,16 @@ class GPT2(keras.Model):
             raise ValueError(f"{t} tokens are more than the context of {self.config.n_ctx}; shorten the text")
         s = t if past is None else ops.shape(past[0][0])[2]
         query = position + ops.arange(t)[:, None]  # [T, 1]
-        mask = ops.arange(s)[None, :] <= query  # [T, S]
+        visible = ops.arange(s)[None, :] <= query  # [T, S]
         where = query[:, 0]  # [T]
         if start is not None:  # row b begins at start[b]: hide what lies before it, and count positions from it
-            mask = mask & (ops.arange(s)[None, :] >= start[:, None])[:, None, None, :]  # [B, 1, T, S]
+            visible = visible & (ops.arange(s)[None, :] >= start[:, None])[:, None, None, :]  # [B, 1, T, S]
             where = ops.clip(where - start[:, None], 0, self.config.n_ctx - 1)  # [B, T]
         x = look_up(self.wte, tokens) + look_up(self.wpe, where)
         x = self.dropout(ops.cast(x, self.compute_dtype), self.config.embd_pdrop, training)  # [B, T, D]
         present = []
         for block, layer_past in zip(self.blocks, past or [None] * len(self.blocks), strict=True):
-            x, layer_present = block(x, past=layer_past, position=position, mask=mask, training=training)
+            x, layer_present = block(x, past=layer_past, position=position, visible=visible, training=training)
             present.append(layer_present)
         return self.ln_f(x), present
 

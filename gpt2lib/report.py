@@ -198,10 +198,11 @@ def describe_cpu() -> str:
 
 
 def set_style() -> None:
-    """The look of every figure: light grid, legible sizes, a palette that the colour-blind can read."""
+    """The look of figures and tables: legible sizes, colours that the colour-blind can tell, whole cells."""
     import seaborn  # brings SciPy: a second that only those who draw should wait
 
     seaborn.set_theme(context="notebook", style="whitegrid", palette="colorblind")
+    pd.set_option("display.max_colwidth", None, "display.max_columns", None, "display.width", 200)
     matplotlib.rcParams.update({"figure.figsize": (8, 4.5), "figure.dpi": 100, "axes.titlelocation": "left"})
 
 

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from os import PathLike
 from pathlib import Path
 
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from gpt2lib.corpus import docstrings, files
 from gpt2lib.data import VALIDATION_FRACTION, Corpus, CorpusError, check_replaceable, split_documents, write_corpus
