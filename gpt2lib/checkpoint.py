@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2lib.config import ConfigError, ModelConfig
+from gpt2lib.config import ModelConfig
+from gpt2lib.data import replace_folder
 
 
 class CheckpointError(RuntimeError):
@@ -31,10 +32,11 @@ def state_arrays(model, optimizer=None) -> dict:
 
 
 def save(folder, step: int, arrays: dict, info: dict, keep: int = 2) -> Path:
-    """Write `folder/step-XXXXXXXX`, beside and then renamed, and delete all but the last `keep` checkpoints.
+    """Write `folder/step-XXXXXXXX`, beside and then renamed, and delete all but the last `keep` up to this step.
 
     `info` is stored as JSON beside the arrays. Raises CheckpointError when the disk is full; older ones stay then.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     folder = Path(folder)
@@ -51,20 +53,21 @@ def save(folder, step: int, arrays: dict, info: dict, keep: int = 2) -> Path:
             shutil.rmtree(final)
         part.rename(final)
         _sync(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
         raise CheckpointError(
-            f"could not save {final}: {error.strerror or error}; free some space and start again, "
+            f"could not save {final}: {error}; free some space and start again, "
             "the run goes on from the checkpoint before"
         ) from error
-    for old in list_steps(folder)[:-keep]:
+    steps = list_steps(folder)
+    for old in [s for s in steps if s <= step][:-keep] + [s for s in steps if s > step]:  # later ones were damaged
         shutil.rmtree(folder / f"step-{old:08d}")
     return final
 
 
 def list_steps(folder) -> list[int]:
     """The steps of the complete checkpoints in `folder`, rising."""
-    return sorted(int(path.name[5:]) for path in Path(folder).glob("step-[0-9]*") if path.is_dir())
+    return sorted(int(path.name[5:]) for path in Path(folder).glob("step-*") if path.name[5:].isdigit())
 
 
 def read(folder) -> tuple[dict, dict] | None:
@@ -152,8 +155,13 @@ def load_openai(folder, dtype: str | None = None):
     if not (folder / "hparams.json").is_file():
         raise CheckpointError(f"{folder} has no hparams.json; give the folder that holds it and model.ckpt.*")
     known = ModelConfig().hparams
-    hparams = json.loads((folder / "hparams.json").read_text())
-    config = ModelConfig.from_dict({name: hparams[name] for name in hparams if name in known})
+    try:
+        hparams = json.loads((folder / "hparams.json").read_text())
+        config = ModelConfig.from_dict({name: hparams[name] for name in known})
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder}/hparams.json does not hold the numbers {', '.join(known)} ({error}); download it again"
+        ) from error
     shapes = openai_shapes(config)
     data = folder / "model.ckpt.data-00000-of-00001"
     size = 4 * sum(int(np.prod(shape)) for shape in shapes.values())
@@ -176,10 +184,16 @@ def load_openai(folder, dtype: str | None = None):
 def save_openai(model, folder) -> None:
     """Write the model as a folder in OpenAI's released layout: `hparams.json`, `checkpoint`, `model.ckpt.*`.
 
-    Needs TensorFlow, whatever the backend in use. Written beside and renamed: an older folder stays until it succeeds.
+    Needs TensorFlow, whatever the backend in use. Written beside and renamed: an older checkpoint stays until it
+    succeeds, and the other files of its folder stay in any case. A folder that holds something else is refused.
     """
     tf = _tensorflow("write OpenAI's TF1 layout")
     folder = Path(folder)
+    others = (
+        [path for path in folder.iterdir() if not path.name.startswith((".", "model.ckpt"))] if folder.exists() else []
+    )
+    if (others and not (folder / "hparams.json").is_file()) or any(path.is_dir() for path in others):
+        raise CheckpointError(f"{folder} holds something else than a checkpoint; give a new folder")
     shapes = openai_shapes(model.config)
     arrays = {v.path: np.asarray(v.value) for v in model.trainable_variables}
     names = list(shapes)  # the index is sorted, and the data must lie in the same order
@@ -194,32 +208,28 @@ def save_openai(model, folder) -> None:
                 shape_and_slices=[""] * len(names),
                 tensors=[tf.constant(arrays[name].astype(np.float32).reshape(shapes[name])) for name in names],
             )
+        for path in others:
+            shutil.copy2(path, part)
         (part / "hparams.json").write_text(json.dumps(model.config.hparams, indent=2) + "\n")
         (part / "checkpoint").write_text(
             'model_checkpoint_path: "model.ckpt"\nall_model_checkpoint_paths: "model.ckpt"\n'
         )
-        replace_folder(part, folder)
+        replace_folder(folder, part)
     except (OSError, tf.errors.OpError) as error:
         shutil.rmtree(part, ignore_errors=True)
         raise CheckpointError(f"could not write {folder}: {error}; what was there before is unchanged") from error
 
 
-def replace_folder(part: Path, final: Path) -> None:
-    """Put the finished folder `part` in the place of `final`; an older `final` is deleted only after that."""
-    old = final.parent / f".{final.name}.old"
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    part.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def _index_agrees(folder, shapes) -> bool:
-    """False if TensorFlow, where it is loaded already, reads other names or shapes from the index than `shapes`."""
-    if "tensorflow" not in sys.modules or not (folder / "model.ckpt.index").is_file():
+    """False if TensorFlow, where it is loaded already, finds other names or shapes in the index than `shapes`."""
+    tf = sys.modules.get("tensorflow")
+    if tf is None or not (folder / "model.ckpt.index").is_file():
         return True
-    reader = sys.modules["tensorflow"].train.load_checkpoint(str(folder / "model.ckpt"))
-    return {name: tuple(shape) for name, shape in reader.get_variable_to_shape_map().items()} == shapes
+    try:
+        there = tf.train.load_checkpoint(str(folder / "model.ckpt")).get_variable_to_shape_map()
+    except (tf.errors.OpError, ValueError):
+        return False
+    return {name: tuple(shape) for name, shape in there.items()} == shapes
 
 
 def _read_with_tensorflow(folder, shapes, size) -> dict:
@@ -240,7 +250,7 @@ def _read_with_tensorflow(folder, shapes, size) -> dict:
                     f"`{name}` in {folder} has shape {there[name]}, by its hparams.json it should have {list(shape)}"
                 )
         return {name: reader.get_tensor(name) for name in shapes}
-    except (tf.errors.OpError, ValueError) as error:
+    except (tf.errors.OpError, ValueError, IndexError) as error:
         message = str(error).splitlines()[0]
         raise CheckpointError(f"{prefix} cannot be read ({message}); download or save it again") from error
 
@@ -272,6 +282,3 @@ def _sync(path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-__all__ = ["CheckpointError", "ConfigError", "load", "load_openai", "read", "save", "save_openai"]

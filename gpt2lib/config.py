@@ -162,6 +162,8 @@ class TrainConfig(_Strict):
             raise ConfigError(
                 f"TrainConfig.warmup_steps must lie in [0, max_steps), got {self.warmup_steps} of {self.max_steps}"
             )
+        if not 0 <= self.seed < 2**31:
+            raise ConfigError(f"TrainConfig.seed must lie in [0, 2**31), got {self.seed}")
         choices = {"optimizer": ("adafactor", "adamw"), "dtype": ("float32", "mixed_bfloat16")}
         for name, valid in choices.items():
             if getattr(self, name) not in valid:

@@ -144,7 +144,7 @@ def write_corpus(
         }
         with _disk_errors(folder):
             (beside / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-            _replace(folder, beside)
+            replace_folder(folder, beside)
     return manifest
 
 
@@ -192,7 +192,7 @@ def _disk_errors(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _replace(folder: Path, beside: Path) -> None:
+def replace_folder(folder: Path, beside: Path) -> None:
     """Put `beside` in the place of `folder`. No rename replaces a filled folder, so the old one steps aside first."""
     old = beside.with_name(f"{beside.name}.old")
     existed = folder.exists()

@@ -9,11 +9,12 @@ import platform
 def setup() -> str:
     """Choose and import the backend without its start-up messages, and `describe()` it, before keras is imported.
 
-    KERAS_BACKEND decides, as everywhere in Keras; where it is not set and there is no TensorFlow, as on a TPU, JAX.
+    KERAS_BACKEND decides, as everywhere in Keras; where it is not set and there is no TensorFlow, JAX.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    if importlib.util.find_spec("tensorflow") is None:
-        os.environ.setdefault("KERAS_BACKEND", "jax")
+    backend = os.environ.get("KERAS_BACKEND", "tensorflow")
+    if importlib.util.find_spec(backend) is None:
+        raise RuntimeError(f"the backend {backend} is not installed; run: pip install {backend}, or set KERAS_BACKEND")
     with _silent_stderr():
         import keras
 

@@ -56,9 +56,9 @@ class _Layer(keras.layers.Layer):
     def child(self, kind, name, *args):
         return kind(name, self.config, self.values, self.dropout, self.dtype_policy, *args)
 
-    def weight(self, name, shape):
+    def weight(self, name, shape, **kwargs):
         array = self.values(f"{self.path}/{name}", shape)
-        return self.add_weight(shape, lambda shape, dtype: ops.convert_to_tensor(array, dtype), name=name)
+        return self.add_weight(shape, lambda shape, dtype: ops.convert_to_tensor(array, dtype), name=name, **kwargs)
 
 
 class Norm(_Layer):
@@ -169,7 +169,7 @@ class GPT2(keras.Model):
         self.config = config
         self.source = init if callable(init) else initial_values(config, init, seed)
         # One stream of dropout masks; its state is a variable, so a checkpoint holds it.
-        self.dropout_seed = keras.random.SeedGenerator(seed)
+        self.dropout_seed = keras.random.SeedGenerator(seed, name="dropout")
         shared = (config, self.values, self.dropout, self.dtype_policy)
         self.blocks = [Block(f"h{i}", *shared) for i in range(config.n_layer)]
         self.ln_f = Norm("ln_f", *shared)
@@ -178,8 +178,9 @@ class GPT2(keras.Model):
 
     def build(self, shape):
         c = self.config
-        self.wpe = self.embedding("wpe", (c.n_ctx, c.n_embd))
-        self.wte = self.embedding("wte", (c.n_vocab, c.n_embd))
+        # no autocast: their sum and the logits are made in float32
+        self.wpe = self.embedding("wpe", (c.n_ctx, c.n_embd), autocast=False)
+        self.wte = self.embedding("wte", (c.n_vocab, c.n_embd), autocast=False)
         for layer in (*self.blocks, self.ln_f):
             layer.build((None, None, c.n_embd))
         self.built = True
@@ -220,9 +221,8 @@ class GPT2(keras.Model):
         return self.ln_f(x), present
 
     def logits(self, h):
-        """[B, T, D] -> [B, T, V] float32, by the transpose of wte."""
-        wte = ops.cast(self.wte, self.compute_dtype)
-        return ops.cast(ops.matmul(ops.cast(h, self.compute_dtype), ops.transpose(wte)), "float32")
+        """[B, T, D] -> [B, T, V] by the transpose of wte, in float32 under every dtype policy."""
+        return ops.matmul(h, ops.transpose(ops.cast(self.wte, "float32")))
 
     def call(self, tokens, past=None, position=0, start=None, training=False):
         """Logits of the next token at every position.

@@ -97,7 +97,7 @@ def record(stem: str | None, numbers: dict, *, artifacts=(), device: str | None 
     content = {
         "numbers": _plain(numbers, "numbers"),
         "artifacts": [portable(path) for path in artifacts],
-        **_provenance(),
+        **provenance(),
         "device": device or describe_cpu(),
         "wall_time_s": round(time.monotonic() - _STARTED, 3),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -148,7 +148,7 @@ def _plain(value, key: str):
     raise ReportError(f"{key} is of type {type(value).__name__}, which JSON cannot hold; record numbers, text or lists")
 
 
-def _provenance() -> dict:
+def provenance() -> dict:
     """Where numbers came from: git commit (None outside git), versions of the packages that matter, Keras' backend."""
     commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--", ".", ":!reports")
     backend = _backend()

@@ -14,11 +14,11 @@ _LOWEST = -1e10  # what OpenAI's sample.py gives to words that are out
 class _StepSeed(keras.random.SeedGenerator):
     """Randomness as a pure function of (seed, step), both tensors, as a compiled loop needs it."""
 
-    def __init__(self, seed, step):
-        self.pair = ops.stack([ops.cast(seed, "int32"), ops.cast(step, "int32")])
+    def __init__(self, seed, step, dtype):
+        self.pair = ops.stack([ops.cast(seed, dtype), ops.cast(step, dtype)])
 
     def next(self, ordered=True):
-        return ops.cast(self.pair, keras.src.backend.random_seed_dtype())
+        return self.pair
 
 
 def keep_top_k(logits, k: int):
@@ -41,9 +41,7 @@ def keep_top_p(logits, p):
 
 
 def choose(logits, temperature, top_k, top_p, use_top_p, seed):
-    """The next token of each row: [B, V] -> [B] int32. `temperature` None: the most likely one."""
-    if temperature is None:
-        return ops.cast(ops.argmax(logits, axis=-1), "int32")
+    """The next token of each row, sampled: [B, V] -> [B] int32."""
     logits = logits / temperature
     if top_k:
         logits = keep_top_k(logits, top_k)
@@ -55,13 +53,15 @@ def choose(logits, temperature, top_k, top_p, use_top_p, seed):
 def _program(model, length, space, greedy, top_k, use_top_p):
     """`f(tokens [B, T], start [B], temperature, top_p, seed, end) -> new tokens [B, length]`, not yet compiled."""
 
+    seed_dtype = model.dropout_seed.state.dtype  # the backend's own
+
     def run(tokens, start, temperature, top_p, seed, end):
         b, t = tokens.shape
 
         def pick(logits, i):
-            return choose(
-                logits, None if greedy else temperature, top_k, top_p, use_top_p, None if greedy else _StepSeed(seed, i)
-            )
+            if greedy:
+                return ops.cast(ops.argmax(logits, axis=-1), "int32")
+            return choose(logits, temperature, top_k, top_p, use_top_p, _StepSeed(seed, i, seed_dtype))
 
         h, cache = model.hidden(tokens, model.empty_cache(b, space), 0, start)
         token = pick(model.logits(h[:, -1]), 0)  # [B]

@@ -7,6 +7,8 @@ Exit codes: 0 all is up to date, 1 a notebook failed, 2 the study itself is wron
 
 import argparse
 import ast
+import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
@@ -60,18 +62,22 @@ class Run:
     source: Path  # notebooks/<notebook>.ipynb
     parameters: dict  # with `stem` itself
     needs: str = ""  # what is not at hand, from the first line `# not yet run: needs ...`
+    earlier: tuple[str, ...] = ()  # the stems before it in its study, which it may read
 
     def file(self, suffix: str) -> Path:
         """The file with this stem and the given suffix, such as `.json`."""
         return workspace() / f"{self.stem}{suffix}"
 
     def inputs(self) -> str:
-        """A sha256 over everything that decides the outputs: notebook, parameters, library."""
+        """A sha256 over what decides the outputs: notebook, parameters, library, what ran before."""
         library = Path(__file__).parent
         digest = hashlib.sha256(self.source.read_bytes())
         digest.update(json.dumps(self.parameters, sort_keys=True, default=str).encode())
         for path in sorted(library.rglob("*.py")):
             digest.update(f"\n{path.relative_to(library).as_posix()}\n".encode() + path.read_bytes())
+        for stem in self.earlier:
+            with contextlib.suppress(OSError):
+                digest.update((workspace() / f"{stem}.json").read_bytes())
         return digest.hexdigest()
 
     def is_up_to_date(self) -> bool:
@@ -101,7 +107,8 @@ def plan(folder: str | Path) -> list[Run]:
             problems.append(f"{path.relative_to(root).as_posix()}: {error}")
     if problems:
         raise StudyError("\n".join(problems))
-    return runs
+    stems = [run.stem for run in runs]
+    return [dataclasses.replace(run, earlier=tuple(stems[:i])) for i, run in enumerate(runs)]
 
 
 def _check(path: Path, root: Path) -> Run:
@@ -202,9 +209,10 @@ def _check_exponents(name: str, value) -> None:
         raise StudyError(f"`{name}` is the text {value!r} to YAML, not a number; write {number}")
 
 
-def execute(run: Run, progress: bool = False) -> None:
+def execute(run: Run, progress: bool = False, restart: bool = False) -> None:
     """Run one notebook; the outputs replace the earlier ones only when everything went well.
 
+    `restart` is handed to a notebook with such a parameter: a training begins anew instead of going on.
     Raises RunError otherwise, and keeps the notebook as `<stem>.failed.ipynb`.
     """
     inputs, recorded = run.inputs(), run.file(".json")
@@ -212,7 +220,8 @@ def execute(run: Run, progress: bool = False) -> None:
     failed = run.file(".failed.ipynb")
     part = failed.with_name(f".{failed.name}.part.ipynb")
     try:
-        _papermill(run, part, progress)
+        extra = {"restart": True} if restart and "restart" in _defaults(run.source) else {}
+        _papermill(run, part, extra, progress)
         if not recorded.exists() or recorded.read_bytes() == earlier:
             raise RunError(f"it did not write {recorded.name}; end the notebook with record(stem, ...)")
     except BaseException:  # an interrupt as well: the notebook shows how far it came
@@ -232,13 +241,13 @@ def execute(run: Run, progress: bool = False) -> None:
     failed.unlink(missing_ok=True)
 
 
-def _papermill(run: Run, part: Path, progress: bool) -> None:
+def _papermill(run: Run, part: Path, extra: dict, progress: bool) -> None:
     """Execute into `part`; every way to fail becomes a RunError."""
     bar = {"desc": run.stem, "leave": False} if progress else False
     try:
         notebook = papermill.execute_notebook(
-            _read(run.source), part, run.parameters, kernel_name="python3", language="python", progress_bar=bar,
-            cwd=workspace(), kernel_manager_class=OwnKernel,
+            _read(run.source), part, {**run.parameters, **extra}, kernel_name="python3", language="python",
+            progress_bar=bar, cwd=workspace(), kernel_manager_class=OwnKernel,
         )  # fmt: skip
     except PapermillExecutionError as error:
         last = (error.evalue.strip().splitlines() or [""])[-1]
@@ -280,7 +289,7 @@ def run_study(folder: str | Path, force: bool = False, only: str | None = None) 
             continue
         rerun, started = True, time.monotonic()
         try:
-            execute(run, progress=sys.stderr.isatty())
+            execute(run, progress=sys.stderr.isatty(), restart=force)
         except RunError as error:
             raise RunError(f"{run.stem} failed: {error}; see {run.stem}.failed.ipynb") from None
         print(f"{run.stem}: done in {time.monotonic() - started:.0f} s", flush=True)
@@ -292,7 +301,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m gpt2lib.study", description="Run a study's notebooks in order.")
     parser.add_argument("study", help="the study's folder, such as reports/quickstart")
-    parser.add_argument("--force", action="store_true", help="run also what is up to date")
+    parser.add_argument("--force", action="store_true", help="run also what is up to date, and train from the start")
     parser.add_argument("--only", metavar="STEM", help="run one notebook, such as 03_train-adamw")
     options = parser.parse_args(arguments)
     logging.getLogger("papermill").setLevel(logging.ERROR)

@@ -16,8 +16,10 @@ from gpt2lib import checkpoint
 from gpt2lib.adafactor import Adafactor
 from gpt2lib.config import ConfigError, TrainConfig, nearest
 from gpt2lib.data import Batches, Corpus, validation_windows
+from gpt2lib.device import describe
 from gpt2lib.evaluate.loss import loss_function, total, window_losses
 from gpt2lib.model import GPT2, nll
+from gpt2lib.report import provenance
 from gpt2lib.schedule import WarmupCosine
 
 # A run goes on under another value of these; a change of any other would make it another run.
@@ -47,7 +49,10 @@ def make_optimizer(config: TrainConfig):
     decay = {"weight_decay": config.weight_decay}
     if config.optimizer == "adamw" and config.weight_decay is None:
         decay = {"weight_decay": 0.0}  # Keras' default would decay
-    return make(rate, **decay, global_clipnorm=config.clip_norm, **config.optimizer_options)
+    try:
+        return make(rate, **decay, global_clipnorm=config.clip_norm, **config.optimizer_options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{config.optimizer} does not accept {config.optimizer_options}: {error}") from error
 
 
 def _sum_of_squares(arrays):
@@ -148,8 +153,14 @@ class _MetricsFile:
         self.file = open(path, "a")
 
     def write(self, line: dict):
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise TrainingError(
+                f"could not write {self.file.name}: {error.strerror}; free some space and start again, "
+                "the run goes on from its last checkpoint"
+            ) from error
 
 
 def read_metrics(path) -> list[dict]:
@@ -190,8 +201,16 @@ def _resume(config, corpus, model, optimizer) -> tuple[int, float]:
             f"{config.run_dir} was trained on another corpus than {config.corpus} is now; "
             "name another run_dir, or train with restart=True to delete that run"
         )
+    if info["step"] >= config.max_steps:
+        return info["step"], info["seconds"]
     checkpoint.assign([*model.variables, *optimizer.variables], arrays, f"{config.run_dir}, step {info['step']}")
     return info["step"], info["seconds"]
+
+
+def _delete_run(run_dir) -> None:
+    """Delete what a run has written, and nothing else."""
+    shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
+    (run_dir / "metrics.jsonl").unlink(missing_ok=True)
 
 
 def train(config: TrainConfig, restart: bool = False) -> dict:
@@ -202,7 +221,7 @@ def train(config: TrainConfig, restart: bool = False) -> dict:
 
     Args:
         config: `TrainConfig`.
-        restart: delete what `run_dir` holds first.
+        restart: delete the run that `run_dir` holds first.
 
     Returns: `read_history(config.run_dir)`.
     """
@@ -212,12 +231,11 @@ def train(config: TrainConfig, restart: bool = False) -> dict:
         raise ConfigError(f"model.n_vocab is {shape.n_vocab}, but {config.corpus} has {corpus.n_vocab} words")
     batches = Batches(corpus, batch_size=config.batch_size, n_ctx=shape.n_ctx, seed=config.seed)
     validation = validation_windows(corpus, shape.n_ctx, config.validation_windows)
-    if restart:
-        shutil.rmtree(run_dir, ignore_errors=True)
-
     model = GPT2(shape, init=config.init, seed=config.seed, dtype=config.dtype)
     optimizer = make_optimizer(config)
     optimizer.build(model.trainable_variables)
+    if restart:
+        _delete_run(run_dir)
     done, seconds = _resume(config, corpus, model, optimizer)
     if done >= config.max_steps:
         return read_history(run_dir)
@@ -236,25 +254,29 @@ def train(config: TrainConfig, restart: bool = False) -> dict:
     def validate():
         step.sync()
         result = total(window_losses(validation_losses, validation, config.batch_size))
+        check_finite([result.loss], done, "validation loss")
         metrics.write(
-            {"step": done, "tokens_seen": done * config.batch_size * shape.n_ctx, "validation_loss": result.loss,
+            {"step": done, "tokens_seen": done * config.batch_tokens, "validation_loss": result.loss,
              "validation_loss_se": result.standard_error, "seconds": round(seconds, 3)}
         )  # fmt: skip
 
     def save():
         step.sync()
-        info = {"config": config.to_dict(), "model": shape.to_dict(), "dtype": config.dtype, "seconds": seconds,
-                "corpus": corpus.hash, "tokenizer": corpus.manifest["tokenizer"]["hash"]}  # fmt: skip
+        info = {
+            "config": config.to_dict(), "model": shape.to_dict(), "dtype": config.dtype, "seconds": seconds,
+            "corpus": corpus.hash, "tokenizer": corpus.manifest["tokenizer"]["hash"],
+            "provenance": {**provenance(), "device": describe()},
+        }  # fmt: skip
         checkpoint.save(run_dir / "checkpoints", done, checkpoint.state_arrays(model, optimizer), info,
                         config.keep_checkpoints)  # fmt: skip
 
-    def check_finite(losses):
+    def check_finite(losses, at, what="loss"):
         for i, loss in enumerate(losses):
             if not math.isfinite(loss):
-                at = done - len(losses) + i + 1
                 raise TrainingError(
-                    f"the loss of step {at} is {loss}; lower the learning rate ({config.learning_rate}) or lengthen "
-                    f"the warm-up ({config.warmup_steps} steps); checkpoints from before stay in {run_dir}"
+                    f"the {what} of step {at - len(losses) + i + 1} is {loss}; lower the learning rate "
+                    f"({config.learning_rate}) or lengthen the warm-up ({config.warmup_steps} steps); "
+                    f"the checkpoints in {run_dir} are from before"
                 )
 
     if not done:
@@ -279,12 +301,13 @@ def train(config: TrainConfig, restart: bool = False) -> dict:
             continue
         losses, unread = [float(loss) for loss in unread], []
         now = time.perf_counter()
-        check_finite(losses)
+        check_finite(losses, done)
+        check_finite([float(measures["parameter_rms"])], done, "size of the parameters")
         seconds += now - clock
         if due["log"]:
-            speed = (done - since) * config.batch_size * shape.n_ctx / max(now - clock, 1e-9)
+            speed = (done - since) * config.batch_tokens / max(now - clock, 1e-9)
             rate = float(optimizer._learning_rate(done - 1))
-            line = {"step": done, "tokens_seen": done * config.batch_size * shape.n_ctx, "learning_rate": rate}
+            line = {"step": done, "tokens_seen": done * config.batch_tokens, "learning_rate": rate}
             line |= {name: float(value) for name, value in measures.items()}
             metrics.write({**line, "tokens_per_second": round(speed, 1), "seconds": round(seconds, 3)})
             bar.set_postfix_str(f"loss {line['loss']:.3f}, {speed:,.0f} tokens/s", refresh=False)

@@ -1,6 +1,9 @@
 """What all tests share: a quiet start, the golden values, and how far two arrays are apart."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +11,12 @@ import pytest
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before anything imports TensorFlow
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+# JAX compiles for seconds what the tests run for milliseconds, and many tests compile the same step again.
+_compiled = tempfile.mkdtemp(prefix="gpt2lib-tests-")
+atexit.register(shutil.rmtree, _compiled, ignore_errors=True)
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _compiled)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 ROOT = Path(__file__).resolve().parent.parent
 

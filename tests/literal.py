@@ -1,4 +1,4 @@
-"""GPT-2 written down slowly in NumPy, float64, from the paper and OpenAI's `model.py`: what the tests hold the model against."""
+"""GPT-2 written down slowly in NumPy, float64, from the paper and OpenAI's `model.py`, to hold the model against."""
 
 import math
 
@@ -50,7 +50,8 @@ def gpt2(p, n_head, tokens, embd=1.0, attn=1.0, resid_attn=1.0, resid_mlp=1.0):
 
 def nll(logits, labels):
     """Nats of each label: [T, V], [T] -> [T]."""
-    return np.array([np.log(np.exp(row - row.max()).sum()) + row.max() - row[y] for row, y in zip(logits, labels)])  # noqa: B905
+    pairs = zip(logits, labels, strict=True)
+    return np.array([np.log(np.exp(row - row.max()).sum()) + row.max() - row[label] for row, label in pairs])
 
 
 def distinctive(path, shape):

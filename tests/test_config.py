@@ -50,9 +50,9 @@ def test_the_test_size_has_no_two_equal_dimensions():
 
 
 def test_unknown_size_names_the_nearest():
-    with pytest.raises(ConfigError, match="`345m`.*`345M`"):
+    with pytest.raises(ConfigError, match=r"`345m`.*`345M`"):
         size("345m")
-    with pytest.raises(ConfigError, match="`1.5b`.*`1.5B`"):
+    with pytest.raises(ConfigError, match=r"`1.5b`.*`1.5B`"):
         TrainConfig(**RUN, size="1.5b")
 
 
@@ -119,7 +119,7 @@ def test_an_int_is_a_float_and_null_is_allowed_where_it_means_something():
 
 
 def test_a_missing_key_is_named():
-    with pytest.raises(ConfigError, match="`run_dir`"):
+    with pytest.raises(ConfigError, match=r"`run_dir`"):
         TrainConfig.from_dict({"corpus": "x"})
 
 
@@ -182,7 +182,7 @@ def test_train_round_trip():
     assert again == config
     assert again.replace(seed=8) != config
     assert again.replace(seed=8).replace(seed=7) == config
-    with pytest.raises(ConfigError, match="`sed`.*`seed`"):
+    with pytest.raises(ConfigError, match=r"`sed`.*`seed`"):
         config.replace(sed=8)
 
 

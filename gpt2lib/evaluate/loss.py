@@ -7,6 +7,7 @@ import numpy as np
 from keras import ops
 
 from gpt2lib.device import compiled
+from gpt2lib.evaluate.statistics import ratio_error
 from gpt2lib.model import nll
 
 
@@ -17,9 +18,10 @@ class Loss:
     Attributes:
         nats: the total over all tokens.
         tokens: number of tokens predicted.
-        n: number of windows, the units that are resampled for the standard error.
-        standard_error: of `loss`, in nats per token: windows are treated as independent, tokens within one are not.
+        n: number of windows.
+        standard_error: of `loss`, in nats per token, see `ratio_error`.
         bytes: UTF-8 bytes of the text that the tokens stand for; 0 if unknown.
+        bits_per_byte_standard_error: of `bits_per_byte`; NaN if unknown.
     """
 
     nats: float
@@ -27,6 +29,7 @@ class Loss:
     n: int
     standard_error: float
     bytes: int = 0
+    bits_per_byte_standard_error: float = math.nan
 
     @property
     def loss(self) -> float:
@@ -46,10 +49,6 @@ class Loss:
     def bits_per_byte(self) -> float:
         return self.nats / math.log(2) / self.bytes
 
-    @property
-    def bits_per_byte_standard_error(self) -> float:
-        return self.bits_per_byte * self.standard_error / self.loss
-
     def to_dict(self) -> dict:
         """All figures by name, for a report."""
         figures = {
@@ -65,12 +64,17 @@ class Loss:
         return figures
 
 
-def total(nats, n_bytes: int = 0) -> Loss:
-    """Sum per-token losses [W, T] in nats, window by window; sums first, one division at the end."""
+def total(nats, n_bytes=None) -> Loss:
+    """Sum per-token losses [W, T] in nats; sums first, one division at the end. `n_bytes` [W]: bytes of each window."""
     nats = np.asarray(nats, np.float64)
-    windows = len(nats)
-    spread = nats.sum(1).std(ddof=1) if windows > 1 else math.nan
-    return Loss(float(nats.sum()), nats.size, windows, float(spread * math.sqrt(windows) / nats.size), n_bytes)
+    windows, width = nats.shape
+    sums = nats.sum(1)
+    error = ratio_error(sums, np.full(windows, width))
+    if n_bytes is None:
+        return Loss(float(sums.sum()), nats.size, windows, error)
+    return Loss(
+        float(sums.sum()), nats.size, windows, error, int(np.sum(n_bytes)), ratio_error(sums, n_bytes) / math.log(2)
+    )
 
 
 def loss_function(model):
@@ -90,6 +94,6 @@ def window_losses(function, windows, batch_size: int = 8, progress=None):
     return np.concatenate(results)
 
 
-def count_bytes(windows, tokenizer) -> int:
-    """UTF-8 bytes that the predicted tokens of windows [W, T + 1] stand for; the end of text stands for none."""
-    return int(tokenizer.byte_lengths[windows[:, 1:]].sum())
+def count_bytes(windows, tokenizer):
+    """UTF-8 bytes that the predicted tokens of each window [W, T + 1] stand for: [W]; the end of text has none."""
+    return tokenizer.byte_lengths[windows[:, 1:]].sum(axis=1)
