@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import warnings
 from pathlib import Path
 
@@ -44,7 +43,7 @@ def save(folder, step: int, arrays: dict, info: dict, keep: int = 2) -> Path:
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, part / "state.safetensors")
+        save_file({name: np.asarray(array, order="C") for name, array in arrays.items()}, part / "state.safetensors")
         document = {**info, "step": step, "sha256": _sha256(part / "state.safetensors")}
         (part / "checkpoint.json").write_text(json.dumps(document, indent=1))
         for name in ("state.safetensors", "checkpoint.json"):
@@ -86,7 +85,7 @@ def read(folder) -> tuple[dict, dict] | None:
             if _sha256(path / "state.safetensors") != info["sha256"]:
                 raise ValueError("its checksum differs")
             return load_file(path / "state.safetensors"), info
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             warnings.warn(f"checkpoint {path} is damaged ({error}); falling back to the one before", stacklevel=2)
     if steps:
         raise CheckpointError(f"every checkpoint in {folder} is damaged; delete the folder to start the run afresh")
@@ -145,8 +144,7 @@ def openai_shapes(config) -> dict:
 def load_openai(folder, dtype: str | None = None):
     """The model of a folder in OpenAI's released layout (`hparams.json`, `model.ckpt.*`).
 
-    A released checkpoint is read without TensorFlow: its float32 variables lie one after another, sorted by name.
-    Any other TF1 checkpoint (several shards, optimizer slots, other names) is read through TensorFlow.
+    Needs no TensorFlow. The checkpoint may have several shards and hold optimizer slots, which are left out.
     Raises CheckpointError naming a missing or mis-shaped variable.
     """
     from gpt2lib.model import GPT2
@@ -162,17 +160,7 @@ def load_openai(folder, dtype: str | None = None):
         raise CheckpointError(
             f"{folder}/hparams.json does not hold the numbers {', '.join(known)} ({error}); download it again"
         ) from error
-    shapes = openai_shapes(config)
-    data = folder / "model.ckpt.data-00000-of-00001"
-    size = 4 * sum(int(np.prod(shape)) for shape in shapes.values())
-    if data.is_file() and data.stat().st_size == size and _index_agrees(folder, shapes):
-        flat, arrays, offset = np.memmap(data, "<f4", mode="r"), {}, 0
-        for name, shape in shapes.items():
-            count = int(np.prod(shape))
-            arrays[name] = flat[offset : offset + count].reshape(shape)
-            offset += count
-    else:
-        arrays = _read_with_tensorflow(folder, shapes, size)
+    arrays = _read_tensors(folder, config)
 
     def values(path, shape):
         array = arrays[path]
@@ -220,39 +208,101 @@ def save_openai(model, folder) -> None:
         raise CheckpointError(f"could not write {folder}: {error}; what was there before is unchanged") from error
 
 
-def _index_agrees(folder, shapes) -> bool:
-    """False if TensorFlow, where it is loaded already, finds other names or shapes in the index than `shapes`."""
-    tf = sys.modules.get("tensorflow")
-    if tf is None or not (folder / "model.ckpt.index").is_file():
-        return True
+def _read_tensors(folder, config) -> dict:
+    """The variables of an OpenAI checkpoint, mapped from disk: name -> float32 array."""
+    index = folder / "model.ckpt.index"
+    if not index.is_file():
+        found = sorted(folder.glob("*.index"))  # a training's own, such as model.ckpt-500000.index
+        if not found:
+            raise CheckpointError(f"{folder} has no model.ckpt.index; download the checkpoint again")
+        index = found[-1]
     try:
-        there = tf.train.load_checkpoint(str(folder / "model.ckpt")).get_variable_to_shape_map()
-    except (tf.errors.OpError, ValueError):
-        return False
-    return {name: tuple(shape) for name, shape in there.items()} == shapes
+        entries = _read_index(index)
+    except (IndexError, ValueError) as error:
+        raise CheckpointError(f"{index} cannot be read: {error}; download the checkpoint again") from error
+    extra = f"model/h{config.n_layer}/ln_1/g"
+    if extra in entries:
+        raise CheckpointError(f"{folder} has `{extra}`, one layer more than the n_layer of its hparams.json")
+    n_shards = 1 + max((entry[2] for entry in entries.values()), default=0)
+    arrays = {}
+    for name, shape in openai_shapes(config).items():
+        if name not in entries:
+            raise CheckpointError(f"{folder} has no variable `{name}`; its hparams.json promises one")
+        dtype, seen, shard, offset, size = entries[name]
+        if seen != shape:
+            raise CheckpointError(
+                f"`{name}` in {folder} has shape {list(seen)}, by its hparams.json it should have {list(shape)}"
+            )
+        if dtype != 1:  # DT_FLOAT
+            raise CheckpointError(f"`{name}` in {folder} is not float32; save it as float32 again")
+        data = index.with_name(f"{index.stem}.data-{shard:05d}-of-{n_shards:05d}")
+        if not data.is_file() or data.stat().st_size < offset + size:
+            raise CheckpointError(f"{data} is missing or cut short: `{name}` is not in it; download it again")
+        arrays[name] = np.memmap(data, "<f4", "r", offset, shape)
+    return arrays
 
 
-def _read_with_tensorflow(folder, shapes, size) -> dict:
-    found = [path for path in folder.glob("model.ckpt*.data-*")] or [path for path in folder.glob("*.data-*")]
-    if not found:
-        raise CheckpointError(f"{folder} has no model.ckpt.data-* file; download the checkpoint again")
-    seen = sum(path.stat().st_size for path in found)
-    tf = _tensorflow(f"read {folder}, whose data are {seen:,} bytes where a released model of this size has {size:,}")
-    prefix = str(found[0])[: str(found[0]).rindex(".data-")]
-    try:
-        reader = tf.train.load_checkpoint(prefix)
-        there = reader.get_variable_to_shape_map()
-        for name, shape in shapes.items():
-            if name not in there:
-                raise CheckpointError(f"{folder} has no variable `{name}`; its hparams.json promises one")
-            if tuple(there[name]) != shape:
-                raise CheckpointError(
-                    f"`{name}` in {folder} has shape {there[name]}, by its hparams.json it should have {list(shape)}"
+def _read_index(path) -> dict:
+    """What a `model.ckpt.index` says: name -> (dtype number, shape, shard, offset, size in bytes).
+
+    The file is a LevelDB table (its table_format.md): blocks of prefix-compressed keys, found through an index block
+    that the last 48 bytes point to. Values are BundleEntryProto messages of tensorflow/core/protobuf/tensor_bundle.proto.
+    """
+    data = path.read_bytes()
+    if data[-8:] != bytes.fromhex("57fb808b247547db"):
+        raise ValueError("it is not an index of a TensorFlow checkpoint, or its end is missing")
+
+    def varint(buffer, at):
+        value = shift = 0
+        while buffer[at] & 0x80:
+            value, shift, at = value | (buffer[at] & 0x7F) << shift, shift + 7, at + 1
+        return value | buffer[at] << shift, at + 1
+
+    def varints(buffer, count):
+        values, at = [], 0
+        for _ in range(count):
+            value, at = varint(buffer, at)
+            values.append(value)
+        return values
+
+    def block(start, size):
+        if data[start + size]:
+            raise ValueError("its blocks are compressed")
+        key, at = b"", start
+        end = start + size - 4 * (int.from_bytes(data[start + size - 4 : start + size], "little") + 1)
+        while at < end:
+            shared, at = varint(data, at)
+            new, at = varint(data, at)
+            length, at = varint(data, at)
+            key = key[:shared] + data[at : at + new]
+            yield key, data[at + new : at + new + length]
+            at += new + length
+
+    def fields(message):
+        at = 0
+        while at < len(message):
+            tag, at = varint(message, at)
+            if tag & 7 == 0:
+                value, at = varint(message, at)
+            else:
+                length, at = varint(message, at) if tag & 7 == 2 else (4 if tag & 7 == 5 else 8, at)
+                value, at = message[at : at + length], at + length
+            yield tag >> 3, value
+
+    entries = {}
+    for _, handle in block(*varints(data[-48:], 4)[2:]):
+        for key, value in block(*varints(handle, 2)):
+            if key:  # the empty key is the header
+                entry = dict(fields(value))
+                dims = [dict(fields(dim)).get(1, 0) for number, dim in fields(entry.get(2, b"")) if number == 2]
+                entries[key.decode()] = (
+                    entry.get(1, 0),
+                    tuple(dims),
+                    entry.get(3, 0),
+                    entry.get(4, 0),
+                    entry.get(5, 0),
                 )
-        return {name: reader.get_tensor(name) for name in shapes}
-    except (tf.errors.OpError, ValueError, IndexError) as error:
-        message = str(error).splitlines()[0]
-        raise CheckpointError(f"{prefix} cannot be read ({message}); download or save it again") from error
+    return entries
 
 
 def _tensorflow(purpose):

@@ -116,7 +116,8 @@ class Attention(_Layer):
         scores = ops.matmul(q, ops.swapaxes(k, -1, -2))  # [B, N, T, H] @ [B, N, H, S] -> [B, N, T, S]
         scores = ops.cast(scores, "float32") / math.sqrt(self.config.n_embd // self.config.n_head)
         scores = ops.where(visible, scores, -1e10)
-        weights = ops.cast(ops.softmax(scores, axis=-1), self.compute_dtype)
+        weights = ops.softmax(scores) if scores.shape[-1] != 1 else ops.ones_like(scores)  # Keras warns of a lone 1
+        weights = ops.cast(weights, self.compute_dtype)
         weights = self.dropout(weights, self.config.attn_pdrop, training)
         a = ops.matmul(weights, v)  # [B, N, T, S] @ [B, N, S, H] -> [B, N, T, H]
         a = self.c_proj(self.merge_heads(a))  # [B, T, D]

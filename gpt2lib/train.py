@@ -50,7 +50,7 @@ def make_optimizer(config: TrainConfig):
     if config.optimizer == "adamw" and config.weight_decay is None:
         decay = {"weight_decay": 0.0}  # Keras' default would decay
     try:
-        return make(rate, **decay, global_clipnorm=config.clip_norm, **config.optimizer_options)
+        return make(rate, name=config.optimizer, **decay, global_clipnorm=config.clip_norm, **config.optimizer_options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{config.optimizer} does not accept {config.optimizer_options}: {error}") from error
 
@@ -279,43 +279,42 @@ def train(config: TrainConfig, restart: bool = False) -> dict:
                     f"the checkpoints in {run_dir} are from before"
                 )
 
-    if not done:
-        validate()
-    unread, since, clock = (
-        [],
-        done,
-        time.perf_counter(),
-    )  # losses are read in groups: a step need not wait for the one before
-    while done < config.max_steps:
-        measures = step(batches[done])
-        unread.append(measures["loss"])
-        done += 1
-        bar.update()
-        last = done == config.max_steps
-        due = {
-            "log": last or done % config.log_every == 0,
-            "validate": last or done % config.validate_every == 0,
-            "save": last or done % config.checkpoint_every == 0,
-        }
-        if not any(due.values()):
-            continue
-        losses, unread = [float(loss) for loss in unread], []
-        now = time.perf_counter()
-        check_finite(losses, done)
-        check_finite([float(measures["parameter_rms"])], done, "size of the parameters")
-        seconds += now - clock
-        if due["log"]:
-            speed = (done - since) * config.batch_tokens / max(now - clock, 1e-9)
-            rate = float(optimizer._learning_rate(done - 1))
-            line = {"step": done, "tokens_seen": done * config.batch_tokens, "learning_rate": rate}
-            line |= {name: float(value) for name, value in measures.items()}
-            metrics.write({**line, "tokens_per_second": round(speed, 1), "seconds": round(seconds, 3)})
-            bar.set_postfix_str(f"loss {line['loss']:.3f}, {speed:,.0f} tokens/s", refresh=False)
-        if due["validate"]:
+    with bar, metrics.file:
+        if not done:
             validate()
-        if due["save"]:
-            save()
-        since, clock = done, time.perf_counter()
-    bar.close()
-    metrics.file.close()
+        unread, since, clock = (
+            [],
+            done,
+            time.perf_counter(),
+        )  # losses are read in groups: a step need not wait for the one before
+        while done < config.max_steps:
+            measures = step(batches[done])
+            unread.append(measures["loss"])
+            done += 1
+            bar.update()
+            last = done == config.max_steps
+            due = {
+                "log": last or done % config.log_every == 0,
+                "validate": last or done % config.validate_every == 0,
+                "save": last or done % config.checkpoint_every == 0,
+            }
+            if not any(due.values()):
+                continue
+            losses, unread = [float(loss) for loss in unread], []
+            now = time.perf_counter()
+            check_finite(losses, done)
+            check_finite([float(measures["parameter_rms"])], done, "size of the parameters")
+            seconds += now - clock
+            if due["log"]:
+                speed = (done - since) * config.batch_tokens / max(now - clock, 1e-9)
+                rate = float(optimizer._learning_rate(done - 1))
+                line = {"step": done, "tokens_seen": done * config.batch_tokens, "learning_rate": rate}
+                line |= {name: float(value) for name, value in measures.items()}
+                metrics.write({**line, "tokens_per_second": round(speed, 1), "seconds": round(seconds, 3)})
+                bar.set_postfix_str(f"loss {line['loss']:.3f}, {speed:,.0f} tokens/s", refresh=False)
+            if due["validate"]:
+                validate()
+            if due["save"]:
+                save()
+            since, clock = done, time.perf_counter()
     return read_history(run_dir)

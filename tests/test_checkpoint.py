@@ -274,6 +274,21 @@ def test_a_failed_save_leaves_the_folder_as_it_was(copy, golden, monkeypatch):
     assert [path.name for path in copy.parent.iterdir()] == ["model"]
 
 
+def test_a_save_keeps_the_vocabulary_beside_it(copy):
+    (copy / "vocab.bpe").write_text("merges")
+    save_openai(load_openai(copy), copy)
+    assert (copy / "vocab.bpe").read_text() == "merges"
+    load_openai(copy)
+
+
+def test_a_folder_of_something_else_is_not_written_to(copy, tmp_path):
+    (tmp_path / "data" / "corpus").mkdir(parents=True)
+    (tmp_path / "data" / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="something else than a checkpoint"):
+        save_openai(load_openai(copy), tmp_path / "data")
+    assert (tmp_path / "data" / "notes.txt").read_text() == "mine"
+
+
 # --- training checkpoints ---------------------------------------------------------------------------------------------
 
 
@@ -311,6 +326,13 @@ def test_saving_the_same_step_again_replaces_it(tmp_path):
     fill(tmp_path, (5,))
     checkpoint.save(tmp_path, 5, arrays_at(6), {})
     assert_same_bits(checkpoint.read(tmp_path)[0], arrays_at(6))
+
+
+def test_a_save_after_a_fall_back_keeps_itself(tmp_path):
+    """The later ones were damaged, or the run would not be at this step."""
+    fill(tmp_path, (10, 20))
+    fill(tmp_path, (15,), keep=1)
+    assert checkpoint.list_steps(tmp_path) == [15]
 
 
 def flip_a_bit(path):

@@ -27,7 +27,7 @@ WINDOWS = np.random.default_rng(1).integers(0, V, (11, 8)).astype(np.int32)
 def test_sums_first():
     """The mean of the windows' perplexities would be another, larger number."""
     nats = np.array([[1.0, 2.0, 3.0], [5.0, 5.0, 8.0]])
-    loss = total(nats, n_bytes=16)
+    loss = total(nats, n_bytes=[9, 7])
     assert (loss.nats, loss.tokens, loss.n, loss.bytes) == (24.0, 6, 2, 16)
     assert loss.loss == 4.0
     assert math.isclose(loss.perplexity, math.exp(4.0))
@@ -36,23 +36,39 @@ def test_sums_first():
 
 
 @pytest.mark.backend_free
-def test_standard_error_is_that_of_independent_windows():
-    """Of W sums x: sqrt(W * sum (x - mean)^2 / (W - 1)) / tokens, the standard error of the mean of x / T."""
-    nats = np.random.default_rng(0).gamma(2.0, 1.5, (17, 5))
-    loss = total(nats, n_bytes=200)
-    sums = [sum(row) for row in nats]
-    mean = sum(sums) / 17
-    variance = sum((x - mean) ** 2 for x in sums) / 16
-    assert math.isclose(loss.standard_error, math.sqrt(17 * variance) / 85)
-    means = [x / 5 for x in sums]
-    assert math.isclose(loss.standard_error, np.std(means, ddof=1) / math.sqrt(17))
+def test_standard_errors_written_out():
+    """17 windows are 4 blocks of 5, 4, 4, 4 neighbours; a ratio's error is that of its residuals."""
+    random = np.random.default_rng(0)
+    nats, n_bytes = random.gamma(2.0, 1.5, (17, 5)), random.integers(9, 30, 17)
+    loss = total(nats, n_bytes)
+    sums, blocks = [sum(row) for row in nats], (range(5), range(5, 9), range(9, 13), range(13, 17))
+    for error, units in ((loss.standard_error, [5] * 17), (loss.bits_per_byte_standard_error * math.log(2), n_bytes)):
+        ratio = sum(sums) / sum(units)
+        residuals = [sum(sums[i] - ratio * units[i] for i in block) for block in blocks]
+        assert math.isclose(error, math.sqrt(4 / 3 * sum(x**2 for x in residuals)) / sum(units))
     assert math.isclose(loss.perplexity_standard_error, math.exp(loss.loss) * loss.standard_error)  # delta method
-    assert math.isclose(loss.bits_per_byte_standard_error, loss.standard_error * 85 / math.log(2) / 200)
+
+
+@pytest.mark.backend_free
+@pytest.mark.parametrize("alike", [1, 6], ids=["independent", "six alike"])
+def test_standard_errors_are_the_spread_of_many_texts(alike):
+    """Of 500 made-up texts, also where neighbouring windows belong to one document."""
+    random, losses = np.random.default_rng(1), []
+    for _ in range(500):
+        level = np.repeat(random.normal(3, 0.5, 360 // alike), alike)
+        n_bytes = random.integers(20, 60, 360)
+        losses.append(total(level[:, None] + random.normal(0, 0.3, (360, 4)), n_bytes))
+    for value, error in (("loss", "standard_error"), ("bits_per_byte", "bits_per_byte_standard_error")):
+        spread = np.std([getattr(loss, value) for loss in losses], ddof=1)
+        stated = math.sqrt(np.mean([getattr(loss, error) ** 2 for loss in losses]))
+        assert 0.85 < stated / spread < 1.15
 
 
 @pytest.mark.backend_free
 def test_one_window_has_no_standard_error():
     assert math.isnan(total(np.ones((1, 5))).standard_error)
+    assert math.isnan(total(np.ones((1, 5)), [7]).bits_per_byte_standard_error)
+    assert math.isfinite(total(np.ones((2, 5)), [7, 8]).bits_per_byte_standard_error)
 
 
 @pytest.mark.backend_free
@@ -74,8 +90,11 @@ def test_bytes_of_the_predicted_tokens():
     tokenizer = Tokenizer([])
     end = tokenizer.end_of_text
     windows = np.array([tokenizer.encode("abcd"), [end, *tokenizer.encode("xy"), end]])
-    assert count_bytes(windows, tokenizer) == 3 + 2  # the first of a window is predicted by none, an end has no bytes
-    assert count_bytes(np.array([tokenizer.encode("aé€")]), tokenizer) == 5
+    assert count_bytes(windows, tokenizer).tolist() == [
+        3,
+        2,
+    ]  # the first of a window is predicted by none, an end has no bytes
+    assert count_bytes(np.array([tokenizer.encode("aé€")]), tokenizer).tolist() == [5]
 
 
 # --- a model's losses -------------------------------------------------------------------------------------------------

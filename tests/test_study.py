@@ -205,6 +205,25 @@ def test_a_dead_kernel_is_a_failure(root, capsys):
     assert not (root / "reports" / "s" / "02_dies.ipynb").exists()
 
 
+def test_a_record_made_again_outdates_what_follows(root):
+    write_yaml(root, "01_tiny", "# why\n")
+    write_yaml(root, "01_tiny-b", "# why\n")
+    first, second = study.plan("reports/s")
+    before = first.inputs(), second.inputs()
+    first.file(".json").write_text('{"numbers": 1}')
+    assert first.inputs() == before[0]
+    assert second.inputs() != before[1]
+
+
+def test_force_trains_from_the_start(root):
+    body = "from gpt2lib import report\nreport.record(stem, {'restart': restart})\n"
+    write_notebook(root / "notebooks" / "03_restarts.ipynb", "stem = None\nrestart = False\n", body)
+    write_yaml(root, "03_restarts", "# why\n")
+    for force in (False, True):
+        assert study.main(["reports/s", *["--force"] * force]) == 0
+        assert json.loads((root / "reports/s/03_restarts.json").read_text())["numbers"] == {"restart": force}
+
+
 def test_inputs_cover_notebook_parameters_and_library(root):
     write_yaml(root, "01_tiny", "# why\n")
     (run,) = study.plan("reports/s")

@@ -277,6 +277,19 @@ def test_a_finished_run_is_not_trained_again(finished, copied, interrupt):
     assert {path: path.stat().st_mtime_ns for path in Path(copied.run_dir).rglob("*")} == before
 
 
+def test_a_restart_that_cannot_begin_deletes_nothing(finished, copied):
+    with pytest.raises(ConfigError, match="beta1"):
+        train(copied.replace(optimizer_options={"beta_1": 0.5}), restart=True)
+    assert read_history(copied.run_dir) == finished[1]
+
+
+def test_a_restart_deletes_the_run_and_nothing_else(copied):
+    beside = Path(copied.run_dir) / "notes.txt"
+    beside.write_text("mine")
+    train(copied.replace(max_steps=2, warmup_steps=1), restart=True)
+    assert beside.read_text() == "mine"
+
+
 def test_restart(finished, copied):
     other = copied.replace(seed=2)
     history = train(other, restart=True)
@@ -316,14 +329,17 @@ def test_the_same_corpus_elsewhere_is_the_same(finished, copied, tmp_path):
 # --- what a run must refuse -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("log_every", [1, 10])
-def test_a_non_finite_loss_names_its_step(corpus, tmp_path, log_every):
-    """The first step of a warm-up has rate 0, the second breaks everything, the third one's loss shows it."""
+@pytest.mark.parametrize("log_every, step", [(1, 2), (10, 3)])
+def test_a_non_finite_loss_names_its_step(corpus, tmp_path, log_every, step):
+    """The first step of a warm-up has rate 0, the second breaks the parameters, the third one's loss shows it.
+
+    A run that looks at them after every step says so after the second.
+    """
     config = configuration(
         corpus, tmp_path / "run", learning_rate=1e38, log_every=log_every, optimizer="adamw", validate_every=10,
         checkpoint_every=10,
     )  # fmt: skip
-    with pytest.raises(TrainingError, match=r"\bstep 3\b") as error:
+    with pytest.raises(TrainingError, match=rf"\bstep {step}\b") as error:
         train(config)
     assert "\n" not in str(error.value)
     assert not checkpoint.list_steps(tmp_path / "run" / "checkpoints"), "broken parameters are not kept"
