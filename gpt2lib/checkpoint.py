@@ -246,7 +246,7 @@ def _read_index(path) -> dict:
     """What a `model.ckpt.index` says: name -> (dtype number, shape, shard, offset, size in bytes).
 
     The file is a LevelDB table (its table_format.md): blocks of prefix-compressed keys, found through an index block
-    that the last 48 bytes point to. Values are BundleEntryProto messages of tensorflow/core/protobuf/tensor_bundle.proto.
+    that the last 48 bytes point to. Values are BundleEntryProto messages (tensor_bundle.proto in TensorFlow).
     """
     data = path.read_bytes()
     if data[-8:] != bytes.fromhex("57fb808b247547db"):
