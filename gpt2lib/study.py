@@ -260,11 +260,25 @@ def _papermill(run: Run, part: Path, extra: dict, progress: bool) -> None:
 
 
 def _clean(notebook: nbformat.NotebookNode) -> None:
-    """Take out what changes with the machine and the hour: paths, time stamps, random cell identifiers."""
+    """Take out what changes with the machine and the hour: paths, time stamps, random cell identifiers.
+
+    A progress bar leaves its last state only.
+    """
     notebook.metadata.pop("papermill", None)
     for cell in notebook.cells:
         for key in ("papermill", "execution"):
             cell.metadata.pop(key, None)
+        merged = []
+        for output in cell.get("outputs", ()):
+            if output.output_type == "stream" and merged and merged[-1].get("name") == output.name:
+                merged[-1].text += output.text
+            else:
+                merged.append(output)
+        for output in merged:
+            if output.output_type == "stream":
+                output.text = re.sub(r"[^\n]*\r(?!\n)", "", output.text)
+        if merged:
+            cell.outputs = merged
         if "injected-parameters" in cell.metadata.get("tags", ()):
             cell.id = "injected-parameters"
 

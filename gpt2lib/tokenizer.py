@@ -11,11 +11,12 @@ import importlib.util
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-import pooch
+import platformdirs
 import tiktoken
 
 END_OF_TEXT = "<|endoftext|>"
@@ -181,7 +182,7 @@ class Tokenizer:
 
 def cache_folder() -> Path:
     """Where downloaded files are kept: the environment variable GPT2LIB_CACHE, or the user's cache folder."""
-    return Path(os.environ.get("GPT2LIB_CACHE") or pooch.os_cache("gpt2lib"))
+    return Path(os.environ.get("GPT2LIB_CACHE") or platformdirs.user_cache_dir("gpt2lib"))
 
 
 @functools.cache  # notebooks ask again and again; each search may wait for the network
@@ -209,6 +210,10 @@ def _is_gpt2(folder: Path) -> bool:
 
 def _download_gpt2(cache: Path) -> bool:
     """Download both files into `cache`; False, in silence, if that is not possible."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it looks for notebook widgets and misses them aloud
+        import pooch
+
     downloader = pooch.HTTPDownloader(timeout=DOWNLOAD_TIMEOUT)
     logger = pooch.get_logger()
     level = logger.level

@@ -224,6 +224,19 @@ def test_force_trains_from_the_start(root):
         assert json.loads((root / "reports/s/03_restarts.json").read_text())["numbers"] == {"restart": force}
 
 
+def test_a_progress_bar_leaves_its_last_state(root):
+    body = (
+        "import sys\nfrom gpt2lib import report\n"
+        "for i in range(3):\n    print('\\r', i, 'of 3', end='', file=sys.stderr)\n    sys.stderr.flush()\nprint(file=sys.stderr)\nreport.record(stem, {})\n"
+    )
+    write_notebook(root / "notebooks" / "03_shows.ipynb", "stem = None\n", body)
+    write_yaml(root, "03_shows", "# why\n")
+    assert study.main(["reports/s"]) == 0
+    cells = nbformat.read(root / "reports/s/03_shows.ipynb", as_version=4).cells
+    streams = [output.text for cell in cells for output in cell.get("outputs", ()) if output.output_type == "stream"]
+    assert streams == [" 2 of 3\n"]
+
+
 def test_inputs_cover_notebook_parameters_and_library(root):
     write_yaml(root, "01_tiny", "# why\n")
     (run,) = study.plan("reports/s")
