@@ -225,10 +225,15 @@ def test_force_trains_from_the_start(root):
 
 
 def test_a_progress_bar_leaves_its_last_state(root):
-    body = (
-        "import sys\nfrom gpt2lib import report\n"
-        "for i in range(3):\n    print('\\r', i, 'of 3', end='', file=sys.stderr)\n    sys.stderr.flush()\nprint(file=sys.stderr)\nreport.record(stem, {})\n"
-    )
+    body = "\n".join([
+        "import sys",
+        "from gpt2lib import report",
+        "for i in range(3):",
+        "    print('\\r', i, 'of 3', end='', file=sys.stderr)",
+        "    sys.stderr.flush()",
+        "print(file=sys.stderr)",
+        "report.record(stem, {})",
+    ])  # fmt: skip
     write_notebook(root / "notebooks" / "03_shows.ipynb", "stem = None\n", body)
     write_yaml(root, "03_shows", "# why\n")
     assert study.main(["reports/s"]) == 0
