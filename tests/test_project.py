@@ -115,3 +115,25 @@ def test_numbers_beside_a_notebook_say_where_they_came_from(path):
     recorded = json.loads(path.with_suffix(".json").read_text())
     assert recorded["git_commit"] and recorded["versions"] and recorded["device"]
     assert recorded["inputs"], "only a study writes numbers to keep"
+
+
+@pytest.mark.parametrize(
+    ("study", "suffix"), [("docstrings", ""), ("quickstart", "-adamw"), ("quickstart", "-adafactor")]
+)
+def test_readme_says_what_was_recorded(study, suffix):
+    """A row of the league table for each run, from the numbers of its notebooks."""
+    trained, measured = (
+        json.loads((ROOT / "reports" / study / f"{name}{suffix}.json").read_text())["numbers"]
+        for name in ("03_train", "04_evaluate")
+    )
+    model, bigram = (measured["results"][name] for name in ("model", "bigram"))
+    cells = [
+        f"`reports/{study}`",
+        f"{trained['parameters'] / 1e6:.1f} M, {trained['config']['optimizer']}",
+        f"{trained['tokens_seen'] / 1e6:.1f} M",
+        f"{model['loss']:.2f} ± {model['loss_se']:.2f}",
+        f"{model['perplexity']:.0f} ± {model['perplexity_se']:.0f}",
+        f"{model['bits_per_byte']:.2f} ± {model['bits_per_byte_se']:.2f}",
+        f"{bigram['loss']:.2f}",
+    ]
+    assert f"| {' | '.join(cells)} |" in (ROOT / "README.md").read_text()
