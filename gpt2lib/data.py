@@ -9,6 +9,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import secrets
 import shutil
 from bisect import bisect_right
@@ -351,6 +352,18 @@ def _window(tokens: Tokens, index: int, n_ctx: int) -> np.ndarray:
     return tokens[index * n_ctx : (index + 1) * n_ctx + 1]
 
 
+def _import_grain():
+    """grain imports jax where that is installed, so only those who train wait for it; where not, it need not say so."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        import grain
+    finally:
+        logger.setLevel(level)
+    return grain
+
+
 class Batches:
     """`batches[step]` -> int32 [B / n_hosts, T + 1]: inputs are `[:, :-1]`, labels `[:, 1:]`.
 
@@ -372,8 +385,7 @@ class Batches:
         n_hosts: int = 1,
     ):
         """Raises CorpusError if the split has fewer windows than a batch, or the hosts cannot share a batch evenly."""
-        import grain  # imports jax where that is installed: only those who train wait for it
-
+        grain = _import_grain()
         self._n_windows = _n_windows(corpus, split, n_ctx)
         if self._n_windows < batch_size:
             raise CorpusError(
