@@ -177,9 +177,7 @@ def save_openai(model, folder) -> None:
     """
     tf = _tensorflow("write OpenAI's TF1 layout")
     folder = Path(folder)
-    others = (
-        [path for path in folder.iterdir() if not path.name.startswith((".", "model.ckpt"))] if folder.exists() else []
-    )
+    others = [path for path in folder.iterdir() if not path.name.startswith("model.ckpt")] if folder.exists() else []
     if (others and not (folder / "hparams.json").is_file()) or any(path.is_dir() for path in others):
         raise CheckpointError(f"{folder} holds something else than a checkpoint; give a new folder")
     shapes = openai_shapes(model.config)

@@ -129,7 +129,7 @@ class TrainConfig(_Strict):
     """Everything that decides a training run. Two runs with equal configurations on one machine are equal."""
 
     corpus: str  # folder of token shards (has manifest.json)
-    run_dir: str  # folder of this run: checkpoints, metrics.jsonl, config.json
+    run_dir: str  # folder of this run: checkpoints, metrics.jsonl
     size: str = "117M"  # a name in SIZES
     model: dict = field(default_factory=dict)  # ModelConfig fields that differ from that size; n_vocab: the corpus's
     init: str = "gpt2"  # a name in model.INITS
@@ -177,11 +177,7 @@ class TrainConfig(_Strict):
     def model_config(self, n_vocab: int | None = None) -> ModelConfig:
         """The model's configuration; `n_vocab` is the vocabulary of the corpus, used unless `model` names one."""
         base = size(self.size)
-        return (
-            base.replace(**({"n_vocab": n_vocab} if n_vocab else {}), **self.model)
-            if "n_vocab" not in self.model
-            else base.replace(**self.model)
-        )
+        return base.replace(**{"n_vocab": n_vocab or base.n_vocab, **self.model})
 
     @property
     def batch_tokens(self) -> int:

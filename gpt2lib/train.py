@@ -24,6 +24,7 @@ from gpt2lib.schedule import WarmupCosine
 
 # A run goes on under another value of these; a change of any other would make it another run.
 _FREE = {"corpus", "run_dir", "log_every", "validate_every", "checkpoint_every", "keep_checkpoints", "progress"}
+_ANEW = "name another folder for this run, or delete that one with restart=True (a study: `restart: true`, or --force)"
 
 
 class TrainingError(RuntimeError):
@@ -193,14 +194,10 @@ def _resume(config, corpus, model, optimizer) -> tuple[int, float]:
     for name in sorted(ours.keys() - _FREE):
         if info["config"].get(name) != ours[name]:
             raise ConfigError(
-                f"{config.run_dir} holds a run with {name}={info['config'].get(name)!r}, not {ours[name]!r}; "
-                "name another run_dir, or train with restart=True to delete that run"
+                f"{config.run_dir} holds a run with {name}={info['config'].get(name)!r}, not {ours[name]!r}; {_ANEW}"
             )
     if info["corpus"] != corpus.hash:
-        raise ConfigError(
-            f"{config.run_dir} was trained on another corpus than {config.corpus} is now; "
-            "name another run_dir, or train with restart=True to delete that run"
-        )
+        raise ConfigError(f"{config.run_dir} was trained on another corpus than {config.corpus} is now; {_ANEW}")
     if info["step"] >= config.max_steps:
         return info["step"], info["seconds"]
     checkpoint.assign([*model.variables, *optimizer.variables], arrays, f"{config.run_dir}, step {info['step']}")
@@ -282,11 +279,8 @@ def train(config: TrainConfig, restart: bool = False) -> dict:
     with bar, metrics.file:
         if not done:
             validate()
-        unread, since, clock = (
-            [],
-            done,
-            time.perf_counter(),
-        )  # losses are read in groups: a step need not wait for the one before
+        unread = []  # losses are read in groups, so that no step waits for the one before
+        since, clock = done, time.perf_counter()
         while done < config.max_steps:
             measures = step(batches[done])
             unread.append(measures["loss"])
