@@ -7,6 +7,8 @@ The second moment of a matrix [.., R, C] is kept as its row and column means, R 
 import keras
 from keras import ops
 
+from gpt2lib.seed import FixedSeed
+
 
 def decay_rate(step, decay_type="pow", decay_exponent=0.8, beta2=0.98):
     """Decay of the second moments at `step` t, from 1: section 7.1's 1 - t^-c, or Adam's with its bias correction."""
@@ -18,6 +20,16 @@ def decay_rate(step, decay_type="pow", decay_exponent=0.8, beta2=0.98):
 def rms(x):
     """Root mean square of all entries of x: a scalar."""
     return ops.sqrt(ops.mean(ops.square(x)))
+
+
+def round_stochastically(x, seed):
+    """float32 to bfloat16, up or down with the probabilities that make the mean x: no small update is always lost.
+
+    Random low bits are added to a number's 32, then the lower 16 are cut off (Gupta et al. 2015, arXiv:1502.02551).
+    """
+    noise = keras.random.randint(ops.shape(x), 0, 2**16, dtype="int32", seed=seed)
+    bits = ops.bitwise_and(ops.view(x, "int32") + noise, -(2**16))
+    return ops.cast(ops.view(bits, "float32"), "bfloat16")
 
 
 @keras.saving.register_keras_serializable("gpt2lib")
@@ -50,8 +62,11 @@ class Adafactor(keras.optimizers.Optimizer):
         multiply_by_parameter_scale: see learning_rate.
         factored: keep row and column means over the last two axes of every variable of rank 2 or more.
         weight_decay: each step first shrinks every variable by weight_decay * learning rate.
+        rounding: of bfloat16 variables. "stochastic": `round_stochastically`; "master": a float32 copy is kept and
+            updated, the variable is it rounded; "nearest": updates below a 256th of a parameter are lost.
+        seed: of stochastic rounding.
 
-    Slots are float32: `v_row` and `v_col`, or `v`; `m` with momentum.
+    Slots are float32: `v_row` and `v_col`, or `v`; `m` with momentum; `master` where one is kept.
     """
 
     def __init__(
@@ -67,9 +82,13 @@ class Adafactor(keras.optimizers.Optimizer):
         multiply_by_parameter_scale=True,
         factored=True,
         weight_decay=None,
+        rounding="stochastic",
+        seed=0,
         name="adafactor",
         **kwargs,
     ):
+        if rounding not in ("stochastic", "master", "nearest"):
+            raise ValueError(f"rounding must be 'stochastic', 'master' or 'nearest', got {rounding!r}")
         if decay_type not in ("pow", "adam"):
             raise ValueError(f"decay_type must be 'pow' or 'adam', got {decay_type!r}")
         if learning_rate is None:
@@ -78,6 +97,7 @@ class Adafactor(keras.optimizers.Optimizer):
         self.decay_type, self.decay_exponent, self.beta2, self.beta1 = decay_type, decay_exponent, beta2, beta1
         self.epsilon1, self.epsilon2, self.clipping_threshold = epsilon1, epsilon2, clipping_threshold
         self.multiply_by_parameter_scale, self.factored = multiply_by_parameter_scale, factored
+        self.rounding, self.seed = rounding, seed
 
     def build(self, variables):
         if self.built:
@@ -88,8 +108,9 @@ class Adafactor(keras.optimizers.Optimizer):
     def _make_slots(self, variable):
         shape = tuple(variable.shape)
 
-        def slot(name, shape):
-            return self.add_variable(shape, dtype="float32", name=f"{variable.path.replace('/', '_')}_{name}")
+        def slot(name, shape, initializer="zeros"):
+            name = f"{variable.path.replace('/', '_')}_{name}"
+            return self.add_variable(shape, initializer=initializer, dtype="float32", name=name)
 
         if self.factored and len(shape) >= 2:
             slots = {"v_row": slot("v_row", shape[:-1]), "v_col": slot("v_col", shape[:-2] + shape[-1:])}
@@ -97,16 +118,25 @@ class Adafactor(keras.optimizers.Optimizer):
             slots = {"v": slot("v", shape)}
         if self.beta1:
             slots["m"] = slot("m", shape)
+        if self.rounding == "master" and variable.dtype != "float32":
+            slots["master"] = slot("master", shape, lambda shape, dtype: ops.cast(variable.value, dtype))
         return slots
 
+    def _apply_weight_decay(self, variables):
+        """`update_step` does it, in float32 also for bfloat16 variables."""
+
     def update_step(self, gradient, variable, learning_rate):
-        slots = self._slots[self._get_variable_index(variable)]
+        index = self._get_variable_index(variable)
+        slots = self._slots[index]
         t = ops.cast(self.iterations, "float32") + 1
         decay = decay_rate(t, self.decay_type, self.decay_exponent, self.beta2)
         g = ops.cast(gradient, "float32")
         alpha = ops.cast(learning_rate, "float32")
+        x = ops.cast(ops.convert_to_tensor(slots.get("master", variable)), "float32")
+        if self.weight_decay is not None and self._use_weight_decay(variable):
+            x = x - x * self.weight_decay * alpha
         if self.multiply_by_parameter_scale:
-            alpha = alpha * ops.maximum(rms(ops.cast(variable, "float32")), self.epsilon2)
+            alpha = alpha * ops.maximum(rms(x), self.epsilon2)
         g2 = ops.square(g) + self.epsilon1
         alpha = alpha + 1e-30 * ops.mean(
             g2
@@ -128,11 +158,16 @@ class Adafactor(keras.optimizers.Optimizer):
         if self.beta1:
             update = self.beta1 * slots["m"] + (1 - self.beta1) * update
             self.assign(slots["m"], update)
-        self.assign_sub(variable, ops.cast(update, variable.dtype))
+        x = x - update
+        if "master" in slots:
+            self.assign(slots["master"], x)
+        elif self.rounding == "stochastic" and keras.backend.standardize_dtype(variable.dtype) == "bfloat16":
+            x = round_stochastically(x, FixedSeed(self.seed, self.iterations).child(index))
+        self.assign(variable, ops.cast(x, variable.dtype))
 
     def get_config(self):
         names = (
             "decay_type", "decay_exponent", "beta2", "beta1", "epsilon1", "epsilon2", "clipping_threshold",
-            "multiply_by_parameter_scale", "factored",
+            "multiply_by_parameter_scale", "factored", "rounding", "seed",
         )  # fmt: skip
         return {**super().get_config(), **{name: getattr(self, name) for name in names}}

@@ -1,20 +1,24 @@
-"""Checkpoints: of training, atomic and checksummed; OpenAI's TF1 layout, both ways.
+"""Checkpoints: of training, atomic and checksummed; OpenAI's TF1 layout and Hugging Face's, both ways.
 
-A training checkpoint is a folder `step-00000500` with `state.safetensors` (parameters, dropout state, optimizer) and
+A training checkpoint is a folder `step-00000500` with `state.safetensors` (parameters, optimizer) and
 `checkpoint.json` (step, configuration, checksum): plain arrays, so that either backend restores what the other saved.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
+import tempfile
 import warnings
 from pathlib import Path
 
 import numpy as np
 
-from gpt2lib.config import ModelConfig
+from gpt2lib.config import ConfigError, ModelConfig
 from gpt2lib.data import replace_folder
+from gpt2lib.tokenizer import END_OF_TEXT, Tokenizer
 
 
 class CheckpointError(RuntimeError):
@@ -22,12 +26,6 @@ class CheckpointError(RuntimeError):
 
 
 # --- training checkpoints ---------------------------------------------------------------------------------------------
-
-
-def state_arrays(model, optimizer=None) -> dict:
-    """Every variable of the model and of the optimizer, by its path, as NumPy arrays."""
-    variables = [*model.variables, *(optimizer.variables if optimizer else [])]
-    return {v.path: np.asarray(v.value) for v in variables}
 
 
 def save(folder, step: int, arrays: dict, info: dict, keep: int = 2) -> Path:
@@ -92,18 +90,16 @@ def read(folder) -> tuple[dict, dict] | None:
     return None
 
 
-def assign(variables, arrays: dict, where: str) -> None:
-    """Set each variable from the array with its path; all are checked before the first is set."""
-    for v in variables:
-        if v.path not in arrays:
-            raise CheckpointError(f"{where} has no variable `{v.path}`; it was written by another model or optimizer")
-        if tuple(arrays[v.path].shape) != tuple(v.shape):
+def check(expected: dict, arrays: dict, where: str) -> None:
+    """CheckpointError unless there is an array for each of the expected ones, of its shape."""
+    for path, value in expected.items():
+        if path not in arrays:
+            raise CheckpointError(f"{where} has no variable `{path}`; it was written by another model or optimizer")
+        if arrays[path].shape != value.shape:
             raise CheckpointError(
-                f"`{v.path}` in {where} has shape {list(arrays[v.path].shape)}, the model needs {list(v.shape)}; "
+                f"`{path}` in {where} has shape {list(arrays[path].shape)}, the model needs {list(value.shape)}; "
                 "use the configuration that it was saved with"
             )
-    for v in variables:
-        v.assign(arrays[v.path])
 
 
 def load(run_dir, dtype: str | None = None):
@@ -150,16 +146,7 @@ def load_openai(folder, dtype: str | None = None):
     from gpt2lib.model import GPT2
 
     folder = Path(folder)
-    if not (folder / "hparams.json").is_file():
-        raise CheckpointError(f"{folder} has no hparams.json; give the folder that holds it and model.ckpt.*")
-    known = ModelConfig().hparams
-    try:
-        hparams = json.loads((folder / "hparams.json").read_text())
-        config = ModelConfig.from_dict({name: hparams[name] for name in known})
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{folder}/hparams.json does not hold the numbers {', '.join(known)} ({error}); download it again"
-        ) from error
+    config = _read_hparams(folder)
     arrays = _read_tensors(folder, config)
 
     def values(path, shape):
@@ -167,6 +154,20 @@ def load_openai(folder, dtype: str | None = None):
         return array[0] if path.endswith("/w") else array  # OpenAI's kernels have a leading 1
 
     return GPT2(config, init=values, dtype=dtype)
+
+
+def _read_hparams(folder) -> ModelConfig:
+    """What the hparams.json of a folder describes."""
+    if not (folder / "hparams.json").is_file():
+        raise CheckpointError(f"{folder} has no hparams.json; give the folder that holds it and model.ckpt.*")
+    known = ModelConfig().hparams
+    try:
+        hparams = json.loads((folder / "hparams.json").read_text())
+        return ModelConfig.from_dict({name: hparams[name] for name in known})
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder}/hparams.json does not hold the numbers {', '.join(known)} ({error}); download it again"
+        ) from error
 
 
 def save_openai(model, folder) -> None:
@@ -318,6 +319,13 @@ def _expect(arrays, path, shape, where):
     return arrays[path]
 
 
+def write_json(path, document) -> None:
+    """Write a file beside and rename it."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(document, indent=1) + "\n")
+    os.replace(part, path)
+
+
 def _sha256(path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -330,3 +338,308 @@ def _sync(path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+# --- Hugging Face's layout --------------------------------------------------------------------------------------------
+
+# What this model computes, by the fields of transformers' GPT2Config that change the mathematics. A field that is not
+# written has the first value.
+_COMPUTED = {
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_fast", "gelu_pytorch_tanh"),  # three names of one function
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "reorder_and_upcast_attn": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+}
+_FIELDS = {
+    "n_vocab": "vocab_size",
+    "n_ctx": "n_positions",
+    "n_embd": "n_embd",
+    "n_head": "n_head",
+    "n_layer": "n_layer",
+}
+_DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
+_MASK = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # the causal mask, which transformers once stored with the weights
+_WEIGHT_FILES = ("model*.safetensors*", "pytorch_model*", "tf_model.h5", "flax_model.msgpack")
+
+
+def huggingface_name(path: str) -> str:
+    """The name of a variable in transformers' GPT2Model: of `model/h0/attn/c_attn/w`, `h.0.attn.c_attn.weight`."""
+    name = path.removeprefix("model/")
+    if name in ("wte", "wpe"):
+        return f"{name}.weight"
+    layer, kind = name.rsplit("/", 1)
+    return re.sub(r"^h(?=\d)", "h.", layer).replace("/", ".") + (".bias" if kind == "b" else ".weight")
+
+
+def load_huggingface(folder, dtype: str | None = None):
+    """The model of a folder that Hugging Face's transformers wrote for GPT-2 (`config.json`, `model.safetensors`).
+
+    The weights may lie in several shards, with or without the prefix `transformer.`; float16 and bfloat16 are read as
+    float32. Needs neither torch nor transformers. Follows transformers' `modeling_gpt2.py`; its kernels are [nx, nf].
+    Raises CheckpointError naming a tensor that is missing, mis-shaped or not GPT-2's, or the field of config.json that
+    asks for what this model does not compute.
+    """
+    import ml_dtypes  # noqa: F401  safetensors asks NumPy for bfloat16 by its name
+    from safetensors import SafetensorError, safe_open
+
+    from gpt2lib.model import GPT2
+
+    folder = Path(folder)
+    config = _read_huggingface_config(folder / "config.json")
+    with contextlib.ExitStack() as stack:
+        files = {}  # tensor -> the open file that holds it
+        for path in _weight_files(folder):
+            try:
+                file = stack.enter_context(safe_open(path, "np"))
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{path} cannot be read: {error}; download it again") from error
+            files |= dict.fromkeys(file.keys(), file)
+        prefix = "transformer." if any(name.startswith("transformer.") for name in files) else ""
+        names = {path: prefix + huggingface_name(path) for path in openai_shapes(config)}
+        for path, shape in openai_shapes(config).items():
+            _check_tensor(folder, files, names[path], shape[-2:])  # OpenAI's kernels have a leading 1
+        wte = names["model/wte"]
+        for name in sorted(files.keys() - {*names.values(), "lm_head.weight"}):
+            if not _MASK.fullmatch(name.removeprefix(prefix)):
+                raise CheckpointError(f"{folder} has a tensor `{name}`, which by its config.json GPT-2 does not have")
+
+        def read(name):
+            return files[name].get_tensor(name).astype(np.float32, copy=False)
+
+        if "lm_head.weight" in files and not np.array_equal(read("lm_head.weight"), read(wte)):
+            raise CheckpointError(
+                f"`lm_head.weight` in {folder} differs from `{wte}`, and this model has one matrix for both"
+            )
+        return GPT2(config, init=lambda path, shape: read(names[path]), dtype=dtype)
+
+
+def save_huggingface(model, folder, tokenizer: Tokenizer | None = None) -> None:
+    """Write the model as a folder that transformers reads: `config.json`, `model.safetensors`, the tokenizer's files.
+
+    Needs neither torch nor transformers; the weights are float32. Without a `tokenizer` no vocabulary is written, and
+    the last id counts as the end of text. transformers' tokenizer takes `<|endoftext|>` inside a text for the end of
+    text, where ours spells it out. Written beside and renamed: an older checkpoint stays until it succeeds, and the
+    other files of its folder stay in any case. Raises CheckpointError if the folder holds something else, if the
+    tokenizer has more entries than the model, or if the disk is full.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    folder, config = Path(folder), model.config
+    if tokenizer is not None and tokenizer.n_vocab > config.n_vocab:
+        raise CheckpointError(
+            f"the tokenizer has {tokenizer.n_vocab} entries and the model has {config.n_vocab}; "
+            "give the tokenizer that the model was trained with"
+        )
+    _check_replaceable(folder)
+    end_of_text = config.n_vocab - 1 if tokenizer is None else tokenizer.end_of_text
+    ids = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
+    document = {
+        "architectures": ["GPT2LMHeadModel"],
+        "dtype": "float32",
+        "n_ctx": config.n_ctx,  # transformers goes by n_positions, other readers by this
+        "n_inner": None,
+        **{name: values[0] for name, values in _COMPUTED.items()},
+        **{theirs: getattr(config, ours) for ours, theirs in _FIELDS.items()},
+        **{name: getattr(config, name) for name in _DROPOUTS},
+        **ids,
+    }
+    arrays = {
+        f"transformer.{huggingface_name(v.path)}": np.asarray(v.value).astype(np.float32, order="C", copy=False)
+        for v in model.trainable_variables
+    }
+    part = folder.parent / f".{folder.name}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        for path in folder.iterdir() if folder.exists() else ():
+            if not any(path.match(pattern) for pattern in _WEIGHT_FILES):
+                shutil.copy2(path, part)
+        save_file(arrays, part / "model.safetensors", metadata={"format": "pt"})  # transformers wants it said
+        write_json(part / "config.json", document)
+        write_json(part / "generation_config.json", {"_from_model_config": True, **ids})
+        if tokenizer is not None:
+            _write_huggingface_tokenizer(part, tokenizer, config.n_ctx)
+        replace_folder(folder, part)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise CheckpointError(f"could not write {folder}: {error}; what was there before is unchanged") from error
+
+
+def _check_replaceable(folder) -> None:
+    """CheckpointError if something else than a GPT-2 of this layout is in the way."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    try:
+        ours = json.loads((folder / "config.json").read_text())["model_type"] == "gpt2"
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = False
+    if not ours or any(path.is_dir() for path in folder.iterdir()):
+        raise CheckpointError(f"{folder} holds something else than a checkpoint; give a new folder")
+
+
+def _read_huggingface_config(path) -> ModelConfig:
+    """The model that a config.json describes; CheckpointError if it is not one that ours computes."""
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent} has no config.json; give the folder that holds it and model.safetensors")
+    try:
+        document = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; download it again") from error
+
+    def check(name, values, value):
+        if value not in values:
+            raise CheckpointError(
+                f"{path} has {name}={json.dumps(value)}, which this model does not compute; "
+                f"it computes {json.dumps(values[0])}"
+            )
+
+    for name, values in {**_COMPUTED, "is_causal": (True,), "quantization_config": (None,)}.items():
+        check(name, values, document.get(name, values[0]))
+    for name in document.get("architectures") or []:
+        check("architectures", ("GPT2LMHeadModel", "GPT2Model"), name)
+    fields = {ours: document.get(theirs, document.get(ours)) for ours, theirs in _FIELDS.items()}
+    for ours, theirs in _FIELDS.items():
+        if fields[ours] is None:
+            raise CheckpointError(f"{path} has no `{theirs}`; download it again")
+    try:
+        config = ModelConfig.from_dict(fields | {name: document[name] for name in _DROPOUTS if name in document})
+    except ConfigError as error:
+        raise CheckpointError(f"{path} describes no GPT-2: {error}") from error
+    check("n_inner", (None, 4 * config.n_embd), document.get("n_inner"))
+    return config
+
+
+def _weight_files(folder) -> list[Path]:
+    """The safetensors files of a folder: one, or the shards that its index names."""
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            return [folder / name for name in sorted({*json.loads(index.read_text())["weight_map"].values()})]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index} does not list the shards ({error!r}); download it again") from error
+    if any(folder.glob("pytorch_model*.bin")):
+        raise CheckpointError(
+            f"{folder} has its weights in pytorch_model.bin, which is not read here; save them as safetensors, with "
+            "`transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)`"
+        )
+    raise CheckpointError(f"{folder} has no model.safetensors; download the checkpoint again")
+
+
+def _check_tensor(folder, files, name, shape) -> None:
+    """CheckpointError if a tensor is not there, or not as config.json says."""
+    if name not in files:
+        raise CheckpointError(f"{folder} has no tensor `{name}`; its config.json promises one")
+    there = files[name].get_slice(name)
+    if tuple(there.get_shape()) != shape:
+        raise CheckpointError(
+            f"`{name}` in {folder} has shape {list(there.get_shape())}, by its config.json it should have {list(shape)}"
+        )
+    if there.get_dtype() not in ("F32", "F16", "BF16"):
+        raise CheckpointError(f"`{name}` in {folder} is {there.get_dtype()}; save it as float32, float16 or bfloat16")
+
+
+def _write_huggingface_tokenizer(folder, tokenizer, n_ctx) -> None:
+    """The files of transformers' GPT2Tokenizer: OpenAI's two under other names, and which token is special."""
+    tokenizer.save(folder)
+    (folder / "encoder.json").replace(folder / "vocab.json")
+    (folder / "vocab.bpe").replace(folder / "merges.txt")
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+    write_json(folder / "special_tokens_map.json", special)
+    more = {"add_prefix_space": False, "model_max_length": n_ctx, "tokenizer_class": "GPT2Tokenizer"}
+    write_json(folder / "tokenizer_config.json", {**special, **more})
+    for name in ("tokenizer.json", "added_tokens.json"):  # an older vocabulary, which would be preferred to ours
+        (folder / name).unlink(missing_ok=True)
+
+
+# --- whatever layout --------------------------------------------------------------------------------------------------
+
+
+def load_pretrained(folder, dtype: str | None = None):
+    """The model of a folder in any of three layouts: OpenAI's, Hugging Face's, or a training run's (its newest step).
+
+    Args:
+        folder: holds `hparams.json`, `config.json` or `checkpoints/`; the first of these decides.
+        dtype: Keras dtype policy of the model; None: Keras' own, and for a run the one it was trained with.
+
+    Raises CheckpointError if it holds none of them, and as `load_openai`, `load_huggingface` and `load` do.
+    """
+    layout = _layout(folder)
+    if layout == "checkpoints":
+        return load(folder, dtype)[0]
+    return (load_openai if layout == "hparams.json" else load_huggingface)(folder, dtype)
+
+
+def pretrained_config(folder) -> ModelConfig:
+    """The shape of the model that `load_pretrained` would give, without reading its parameters."""
+    layout = _layout(folder)
+    if layout == "hparams.json":
+        return _read_hparams(Path(folder))
+    if layout == "config.json":
+        return _read_huggingface_config(Path(folder) / "config.json")
+    note = _newest_note(Path(folder) / "checkpoints")
+    if note is None:
+        raise CheckpointError(f"{folder} holds no checkpoint that can be read; train it first")
+    return ModelConfig.from_dict(note["model"])
+
+
+def tokenizer_hash(folder) -> str | None:
+    """The hash (`Tokenizer.hash`) of the tokenizer that a checkpoint was made with; None if its folder does not say.
+
+    The folder is one that `load_pretrained` takes. Its vocabulary files are read, in a run what its checkpoint notes.
+    Raises CheckpointError if the folder is none of these, or if the vocabulary is not laid out as GPT-2's.
+    """
+    folder = Path(folder)
+    if _layout(folder) == "checkpoints":
+        return (_newest_note(folder / "checkpoints") or {}).get("tokenizer")
+    try:
+        for merges, vocabulary in (("vocab.bpe", "encoder.json"), ("merges.txt", "vocab.json")):
+            if (folder / merges).is_file() and (folder / vocabulary).is_file():
+                return Tokenizer.from_files(folder / merges, folder / vocabulary).hash
+        if (folder / "tokenizer.json").is_file():  # all that transformers 5 writes
+            return _read_tokenizer_json(folder / "tokenizer.json").hash
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"the vocabulary in {folder} is not laid out as GPT-2's; take its files from the release of the weights"
+        ) from error
+    return None
+
+
+def _layout(folder) -> str:
+    """What marks the layout of a folder: `hparams.json`, `config.json` or `checkpoints`."""
+    for name in ("hparams.json", "config.json", "checkpoints"):
+        if (Path(folder) / name).exists():
+            return name
+    raise CheckpointError(
+        f"{folder} holds no model: give a folder with hparams.json (OpenAI's layout), config.json (Hugging Face's) or "
+        "checkpoints/ (a training run of gpt2lib)"
+    )
+
+
+def _newest_note(folder) -> dict | None:
+    """The `checkpoint.json` of the newest step whose note can be read."""
+    for step in reversed(list_steps(folder)):
+        try:
+            note = json.loads((folder / f"step-{step:08d}" / "checkpoint.json").read_text())
+            note["model"], note["tokenizer"]
+            return note
+        except (OSError, ValueError, KeyError, TypeError):  # damaged; `read` says so
+            continue
+    return None
+
+
+def _read_tokenizer_json(path) -> Tokenizer:
+    """The tokenizer of a file of Hugging Face's tokenizers, checked as two files of OpenAI are."""
+    model = json.loads(path.read_text(encoding="utf-8"))["model"]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    with tempfile.TemporaryDirectory() as folder:
+        merges_txt, vocab_json = Path(folder) / "merges.txt", Path(folder) / "vocab.json"
+        merges_txt.write_text("\n".join(["#version: 0.2", *merges]), encoding="utf-8")
+        vocab_json.write_text(json.dumps(model["vocab"]), encoding="utf-8")
+        return Tokenizer.from_files(merges_txt, vocab_json)

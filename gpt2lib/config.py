@@ -128,43 +128,64 @@ def size(name: str) -> ModelConfig:
 class TrainConfig(_Strict):
     """Everything that decides a training run. Two runs with equal configurations on one machine are equal."""
 
-    corpus: str  # folder of token shards (has manifest.json)
+    corpus: str  # folder of token shards (has manifest.json), or its fsspec address, such as gs://bucket/corpus
     run_dir: str  # folder of this run: checkpoints, metrics.jsonl
-    size: str = "117M"  # a name in SIZES
+    size: str | None = None  # a name in SIZES; None: 117M, or the shape of init_from
     model: dict = field(default_factory=dict)  # ModelConfig fields that differ from that size; n_vocab: the corpus's
     init: str = "gpt2"  # a name in model.INITS
+    init_from: str | None = None  # start from this checkpoint: a folder of OpenAI's or Hugging Face's layout, or a run
+    freeze: list = field(default_factory=list)  # parts of paths not to train: wte, wpe, ln_f, h0, h1/mlp, ...
     optimizer: str = "adafactor"  # adafactor | adamw
     optimizer_options: dict = field(default_factory=dict)  # passed to the optimizer's constructor
     learning_rate: float | None = 1e-2  # relative for Adafactor with parameter scale, else absolute; None: its default
+    schedule: str = "cosine"  # after the warm-up: cosine (to 0 at max_steps) | constant
     warmup_steps: int = 100
-    max_steps: int = 1000  # the cosine ends here
+    max_steps: int = 1000  # the run ends here
     weight_decay: float | None = None  # decoupled, times the learning rate, on every variable
     clip_norm: float | None = None  # clip gradients to this global norm
-    batch_size: int = 8  # sequences of n_ctx tokens
-    dtype: str = "float32"  # Keras dtype policy: float32 | mixed_bfloat16
+    batch_size: int = 8  # sequences of n_ctx tokens in a step, over all devices and hosts
+    accumulate: int = 1  # parts that a batch is computed in, one after another: less memory, the same gradient
+    remat: bool = False  # compute blocks again for their gradients instead of keeping what they computed
+    loss_chunk: int | None = None  # hold the logits of about so many tokens at once; None: of all
+    sharded: bool = False  # cut parameters and optimizer state over the devices (JAX) instead of copying them
+    devices: int | None = None  # of this machine to use; None: all
+    dtype: str = "float32"  # Keras dtype policy: float32 | mixed_bfloat16 | bfloat16 (parameters too; adafactor)
     seed: int = 0  # initial parameters, order of the data, dropout
     log_every: int = 10  # steps between lines of metrics.jsonl
     validate_every: int = 100  # steps between validations; also after the last step
     validation_windows: int = 64  # windows of n_ctx tokens, the same ones every time
     checkpoint_every: int = 500  # steps between checkpoints; also after the last step
     keep_checkpoints: int = 2
+    max_minutes: float | None = None  # stop, saved, after so long in this process; to be started again
+    spike_deviations: float | None = 6.0  # report a loss so many standard deviations above those before; None: never
+    tensorboard: bool = False  # write run_dir/tensorboard as well
     progress: bool = True  # show a progress bar
+    allow_changes: list = field(default_factory=list)  # fields in which a run that goes on may differ from before
 
     def __post_init__(self):
         super().__post_init__()
         for name in (
-            "max_steps", "batch_size", "log_every", "validate_every", "validation_windows", "checkpoint_every",
-            "keep_checkpoints",
+            "max_steps", "batch_size", "accumulate", "loss_chunk", "devices", "log_every", "validate_every",
+            "validation_windows", "checkpoint_every", "keep_checkpoints",
         ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ConfigError(f"TrainConfig.{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"TrainConfig.{name} must be at least 1, got {value}")
+        for name in ("max_minutes", "spike_deviations", "clip_norm"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"TrainConfig.{name} must be above 0, got {value}")
         if not 0 <= self.warmup_steps < self.max_steps:
             raise ConfigError(
                 f"TrainConfig.warmup_steps must lie in [0, max_steps), got {self.warmup_steps} of {self.max_steps}"
             )
         if not 0 <= self.seed < 2**31:
             raise ConfigError(f"TrainConfig.seed must lie in [0, 2**31), got {self.seed}")
-        choices = {"optimizer": ("adafactor", "adamw"), "dtype": ("float32", "mixed_bfloat16")}
+        choices = {
+            "optimizer": ("adafactor", "adamw"),
+            "dtype": ("float32", "mixed_bfloat16", "bfloat16"),
+            "schedule": ("cosine", "constant"),
+        }
         for name, valid in choices.items():
             if getattr(self, name) not in valid:
                 raise ConfigError(
@@ -172,11 +193,31 @@ class TrainConfig(_Strict):
                 )
         if self.learning_rate is None and self.optimizer != "adafactor":
             raise ConfigError("TrainConfig.learning_rate may be null for adafactor only; give adamw a number")
+        if self.dtype == "bfloat16" and self.optimizer != "adafactor":
+            raise ConfigError(
+                "TrainConfig.dtype `bfloat16` is for adafactor, which rounds well; for adamw: mixed_bfloat16"
+            )
+        if self.batch_size % self.accumulate:
+            raise ConfigError(
+                f"TrainConfig.batch_size ({self.batch_size}) must be a multiple of accumulate ({self.accumulate})"
+            )
+        fields = {f.name for f in dataclasses.fields(self)}
+        for name in self.allow_changes:
+            if name not in fields:
+                raise ConfigError(
+                    f"TrainConfig.allow_changes: there is no field `{name}`; {nearest(str(name), fields)}"
+                )
+        for part in self.freeze:
+            if not isinstance(part, str):
+                raise ConfigError(f"TrainConfig.freeze holds parts of paths such as wte or h0, got {part!r}")
         self.model_config()  # a misspelt field of `model` is an error now, not when the run starts
 
     def model_config(self, n_vocab: int | None = None) -> ModelConfig:
-        """The model's configuration; `n_vocab` is the vocabulary of the corpus, used unless `model` names one."""
-        base = size(self.size)
+        """The model's configuration; `n_vocab` is the vocabulary of the corpus, used unless `model` names one.
+
+        That of a run with `init_from` is decided by that checkpoint: `train.model_config`.
+        """
+        base = size(self.size or "117M")
         return base.replace(**{"n_vocab": n_vocab or base.n_vocab, **self.model})
 
     @property

@@ -1,4 +1,4 @@
-"""Token shards on disk, and batches from them that depend on nothing but what they are asked for.
+"""Token shards, on disk or far away, and batches from them that depend on nothing but what they are asked for.
 
 A corpus is a folder: `manifest.json`, `tokenizer/`, and shards `train-00000.bin`, `validation-00000.bin`, ... of uint16
 token ids, little endian, each document followed by `<|endoftext|>`. A hash of a document's text decides its split, so
@@ -10,11 +10,16 @@ import functools
 import hashlib
 import json
 import logging
+import mmap
+import os
 import secrets
 import shutil
-from bisect import bisect_right
-from collections import Counter
-from collections.abc import Iterable, Iterator
+import tempfile
+import time
+from bisect import bisect_left, bisect_right
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from os import PathLike
 from pathlib import Path
@@ -23,13 +28,16 @@ import numpy as np
 from tqdm import tqdm
 
 from gpt2lib.config import nearest
-from gpt2lib.tokenizer import Tokenizer
+from gpt2lib.tokenizer import Tokenizer, TokenizerError
 
 FORMAT = 1
 SPLITS = ("train", "validation")
 SHARD_TOKENS = 2**25  # 64 MiB
 VALIDATION_FRACTION = 0.05  # of the documents
 _DTYPE = np.dtype("<u2")
+_SCAN_TOKENS = 2**22  # held in memory when a shard is read through
+_BACK_OFF = (1, 2, 4, 8)  # seconds before each new attempt at a remote read
+_FINAL = (FileNotFoundError, PermissionError, NotADirectoryError, NotImplementedError)  # another attempt is no use
 _MANIFEST_KEYS = {"format", "name", "source", "validation_fraction", "tokenizer", "left_out", "splits"}
 _SHARD_KEYS = {"file", "sha256", "tokens", "documents", "bytes"}
 
@@ -208,12 +216,192 @@ def replace_folder(folder: Path, beside: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+class _Disk:
+    """The files of a corpus folder on disk; shards are mapped into memory."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._maps = {}
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+    def read(self, name: str) -> bytes:
+        """A small file as a whole."""
+        return self.path(name).read_bytes()
+
+    def sizes(self, names: list[str]) -> dict[str, int]:
+        """The bytes of each of these files that is there."""
+        return {name: self.path(name).stat().st_size for name in names if self.path(name).is_file()}
+
+    def open(self, names: list[str]) -> None:
+        """Map shards, so that a corpus that is replaced later does not change under its reader."""
+        for name in names:
+            if name in self._maps:
+                continue
+            try:
+                with self.path(name).open("rb") as file:
+                    shard = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except OSError as error:
+                raise CorpusError(f"cannot read {self.path(name)}: {error.strerror or error}") from error
+            if hasattr(mmap, "MADV_RANDOM"):  # else a window brings megabytes around it into memory
+                shard.madvise(mmap.MADV_RANDOM)
+            self._maps[name] = np.frombuffer(shard, _DTYPE)
+
+    def ranges(self, pieces: list[tuple[str, int, int]]) -> list[np.ndarray]:
+        """The tokens [start, stop) of opened shards, for each (name, start, stop)."""
+        return [self._maps[name][start:stop] for name, start, stop in pieces]
+
+    def sha256(self, name: str, n_tokens: int) -> str:
+        with self.path(name).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    @contextlib.contextmanager
+    def copies(self, folder: str, names: tuple[str, ...]) -> Iterator[Path]:
+        """A folder on disk with the files of `folder`: here itself."""
+        yield self.path(folder)
+
+
+class _Remote:
+    """The files of a corpus at an address that fsspec knows; the same methods as `_Disk`.
+
+    A read that fails is tried again after each pause of `_BACK_OFF`, and then is a CorpusError with the address.
+    """
+
+    def __init__(self, address: str, fs, root: str):
+        self.folder = address.rstrip("/")
+        self._fs, self._root = fs, root.rstrip("/")
+
+    def path(self, name: str) -> str:
+        return f"{self.folder}/{name}"
+
+    def _persist(self, path: str, attempt: Callable):
+        """What `attempt()` returns, once it does."""
+        for pause in (*_BACK_OFF, None):
+            try:
+                return attempt()
+            except FileNotFoundError:
+                raise
+            except Exception as error:  # every file system has errors of its own
+                if pause is None or isinstance(error, _FINAL) or isinstance(error.__cause__, _FINAL):
+                    raise CorpusError(f"cannot read {path}: {_reason(error)}") from error
+                time.sleep(pause)
+
+    def read(self, name: str) -> bytes:
+        return self._persist(self.path(name), lambda: self._fs.cat_file(f"{self._root}/{name}"))
+
+    def sizes(self, names: list[str]) -> dict[str, int | None]:
+        """As that of `_Disk`; None where the server does not say."""
+        try:  # one call, where files can be listed
+            self._fs.invalidate_cache()
+            listed = {info["name"].rsplit("/", 1)[-1]: info["size"] for info in self._fs.ls(self._root, detail=True)}
+        except Exception:  # a bucket may let its files be read and not be listed
+            listed = {}
+        if any(size is not None for size in listed.values()):
+            return listed
+        paths = [f"{self._root}/{name}" for name in names]
+        try:
+            sizes = self._persist(self.folder, lambda: self._fs.sizes(paths))
+        except FileNotFoundError:  # fsspec says so of everything that goes wrong with http://
+            return self._up_to_a_missing_one(names)
+        return dict(zip(names, sizes, strict=True))
+
+    def _up_to_a_missing_one(self, names: list[str]) -> dict[str, None]:
+        """The files before the first one that is not there, all if each is there: the first byte of each is read."""
+        there = {}
+        for name in names:
+            try:
+                self._persist(self.path(name), lambda path=f"{self._root}/{name}": self._fs.cat_file(path, 0, 1))
+            except FileNotFoundError:
+                break
+            there[name] = None
+        return there
+
+    def open(self, names: list[str]) -> None:
+        """Nothing to do: only what is asked for is fetched."""
+
+    def ranges(self, pieces: list[tuple[str, int, int]]) -> list[np.ndarray]:
+        """As that of `_Disk`, all in one call; only what failed is fetched again."""
+        parts = {}
+
+        def fetch():
+            missing = [piece for piece in dict.fromkeys(pieces) if piece not in parts]
+            contents = self._fs.cat_ranges(
+                [f"{self._root}/{name}" for name, _, _ in missing],
+                [start * _DTYPE.itemsize for _, start, _ in missing],
+                [stop * _DTYPE.itemsize for _, _, stop in missing],
+                on_error="return",
+            )
+            failed = None
+            for (name, start, stop), content in zip(missing, contents, strict=True):
+                expected = (stop - start) * _DTYPE.itemsize
+                if isinstance(content, Exception):
+                    failed = OSError(f"{name}: {_reason(content)}")
+                    failed.__cause__ = content
+                elif len(content) != expected:  # cut off, or from a server that does not know ranges
+                    failed = OSError(f"{name}: {len(content)} bytes came where {expected} were asked for")
+                else:
+                    parts[name, start, stop] = np.frombuffer(content, _DTYPE)
+            if failed:
+                raise failed
+
+        self._persist(self.folder, fetch)
+        return [parts[piece] for piece in pieces]
+
+    def sha256(self, name: str, n_tokens: int) -> str:
+        digest = hashlib.sha256()
+        for start in range(0, n_tokens, _SCAN_TOKENS):
+            (part,) = self.ranges([(name, start, min(start + _SCAN_TOKENS, n_tokens))])
+            digest.update(part)
+        return digest.hexdigest()
+
+    @contextlib.contextmanager
+    def copies(self, folder: str, names: tuple[str, ...]) -> Iterator[Path]:
+        """A folder on disk with the files of `folder`: copies, which go away at the end."""
+        with tempfile.TemporaryDirectory() as temporary:
+            for name in names:
+                try:
+                    (Path(temporary) / name).write_bytes(self.read(f"{folder}/{name}"))
+                except FileNotFoundError as error:
+                    raise CorpusError(f"{self.path(folder)}/{name} is missing; write the corpus again") from error
+            try:
+                yield Path(temporary)
+            except TokenizerError as error:  # it names the copy
+                raise TokenizerError(str(error).replace(temporary, self.path(folder))) from error
+
+
+def _reason(error: Exception) -> str:
+    """An error of a file system in one line."""
+    kind = "" if type(error) is OSError else f"{type(error).__name__}: "
+    return f"{kind}{' '.join(str(error).split())}".rstrip(": ")
+
+
+def _files(folder: str | PathLike) -> _Disk | _Remote:
+    """The files of a corpus; CorpusError where an address needs a package that is not there, or cannot be reached."""
+    address = os.fspath(folder)
+    if "://" not in address:
+        return _Disk(Path(folder))
+    from fsspec.core import url_to_fs
+    from fsspec.implementations.local import LocalFileSystem
+
+    try:
+        fs, root = url_to_fs(address)
+    except ImportError as error:
+        package = getattr(error.__cause__, "name", None)
+        advice = f"run `pip install {package}`" if package else _reason(error)
+        raise CorpusError(f"reading {address} needs a package that is not installed: {advice}") from error
+    except Exception as error:
+        raise CorpusError(f"cannot read {address}: {_reason(error)}") from error
+    return _Disk(Path(root)) if isinstance(fs, LocalFileSystem) else _Remote(address, fs, root)
+
+
 class Tokens:
     """The tokens of one split, its shards one after another; `tokens[a:b]` reads them as int32 [b - a]."""
 
-    def __init__(self, paths: list[Path], lengths: list[int]):
-        self._shards = [np.memmap(path, _DTYPE, mode="r", shape=(n,)) for path, n in zip(paths, lengths, strict=True)]
+    def __init__(self, files: _Disk | _Remote, names: list[str], lengths: list[int]):
+        self._files, self._names = files, names
         self._starts = [0, *accumulate(lengths)]
+        files.open(names)
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -222,16 +410,22 @@ class Tokens:
         start, stop, step = window.indices(len(self))
         if step != 1:
             raise ValueError(f"tokens are read in steps of 1, not {step}")
-        parts = []
-        shard = bisect_right(self._starts, start) - 1
-        while start < stop:
-            begin, end = self._starts[shard], min(stop, self._starts[shard + 1])
-            parts.append(self._shards[shard][start - begin : end - begin])
-            start, shard = end, shard + 1
-        return np.concatenate(parts, dtype=np.int32) if parts else np.empty(0, np.int32)
+        return self.windows([start], stop - start)[0] if start < stop else np.empty(0, np.int32)
+
+    def windows(self, starts: Sequence[int], length: int) -> np.ndarray:
+        """tokens[start : start + length] for each of `starts`, int32 [W, length]; all that is far away in one call."""
+        pieces = []
+        for start in starts:
+            stop = start + length
+            shard = bisect_right(self._starts, start) - 1
+            while start < stop:
+                begin, end = self._starts[shard], min(stop, self._starts[shard + 1])
+                pieces.append((self._names[shard], start - begin, end - begin))
+                start, shard = end, shard + 1
+        return np.concatenate(self._files.ranges(pieces), dtype=np.int32).reshape(len(starts), length)
 
 
-def _check_keys(path: Path, value: dict, keys: set[str]) -> None:
+def _check_keys(path: Path | str, value: dict, keys: set[str]) -> None:
     """CorpusError if a part of the manifest at `path` has other keys than these."""
     wrong = keys ^ set(value)
     if wrong:
@@ -239,28 +433,34 @@ def _check_keys(path: Path, value: dict, keys: set[str]) -> None:
 
 
 class Corpus:
-    """A folder of token shards, opened for reading.
+    """A folder of token shards, opened for reading: on disk, or at any address that fsspec knows (`gs://bucket/corpus`).
 
-    Opening reads the manifest and looks at the sizes of all shards; `verify` reads them through. CorpusError if the
-    manifest is not one of ours, or a shard is missing or of another size.
+    Opening reads the manifest and looks at the sizes of all shards; `verify` reads them through. From an address only
+    what is asked for is fetched. `folder` is a Path, or the address. CorpusError if the manifest is not one of ours, a
+    shard is missing or of another size, or an address cannot be read.
     """
 
     def __init__(self, folder: str | PathLike):
-        self.folder = Path(folder)
+        self._files = _files(folder)
+        self.folder = self._files.folder
         self.manifest = self._read_manifest()
-        for path, shard in self._shards():
+        shards = [*self._shards()]
+        sizes = self._files.sizes([shard["file"] for _, shard in shards])
+        for path, shard in shards:
             expected = shard["tokens"] * _DTYPE.itemsize
-            if not path.is_file():
+            if shard["file"] not in sizes:
                 raise CorpusError(f"the shard {path} is missing ({expected} bytes expected); write the corpus again")
-            if (size := path.stat().st_size) != expected:
+            if (size := sizes[shard["file"]]) not in (expected, None):
                 raise CorpusError(f"the shard {path} has {size} bytes, {expected} expected; write the corpus again")
 
     def _read_manifest(self) -> dict:
-        path = self.folder / "manifest.json"
+        path = self._files.path("manifest.json")
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
+            content = self._files.read("manifest.json")
         except FileNotFoundError as error:
-            raise CorpusError(f"there is no corpus in {self.folder}: {path.name} is missing") from error
+            raise CorpusError(f"there is no corpus in {self.folder}: manifest.json is missing") from error
+        try:
+            manifest = json.loads(content)
         except ValueError as error:
             raise CorpusError(f"{path} is not JSON ({error}); write the corpus again") from error
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -272,20 +472,19 @@ class Corpus:
                 _check_keys(path, shard, _SHARD_KEYS)
         return manifest
 
-    def _shards(self, *splits: str) -> Iterator[tuple[Path, dict]]:
+    def _shards(self, *splits: str) -> Iterator[tuple[Path | str, dict]]:
         """The path and the manifest's entry of each shard of some splits, of all if none is named."""
         for split in splits or SPLITS:
             if split not in SPLITS:
                 raise CorpusError(f"there is no split `{split}`; {nearest(split, SPLITS)}")
             for shard in self.manifest["splits"][split]:
-                yield self.folder / shard["file"], shard
+                yield self._files.path(shard["file"]), shard
 
     def verify(self) -> None:
         """Read every shard and compare its sha256; CorpusError names the first one that has changed."""
         for path, shard in self._shards():
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
-                    raise CorpusError(f"the shard {path} has changed: its sha256 is not the manifest's; write it again")
+            if self._files.sha256(shard["file"], shard["tokens"]) != shard["sha256"]:
+                raise CorpusError(f"the shard {path} has changed: its sha256 is not the manifest's; write it again")
 
     @functools.cached_property
     def hash(self) -> str:
@@ -297,11 +496,13 @@ class Corpus:
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the shards were written with."""
-        folder = self.folder / "tokenizer"
-        tokenizer = Tokenizer.from_files(folder / "vocab.bpe", folder / "encoder.json")
+        names = ("vocab.bpe", "encoder.json")
+        with self._files.copies("tokenizer", names) as folder:
+            tokenizer = Tokenizer.from_files(*(folder / name for name in names))
         if tokenizer.hash != self.manifest["tokenizer"]["hash"]:
             raise CorpusError(
-                f"{folder} is not the tokenizer that its shards were written with; write the corpus again"
+                f"{self._files.path('tokenizer')} is not the tokenizer that its shards were written with; "
+                "write the corpus again"
             )
         return tokenizer
 
@@ -319,9 +520,9 @@ class Corpus:
         return self.manifest["tokenizer"]["n_vocab"]
 
     def tokens(self, split: str = "train") -> Tokens:
-        """All tokens of a split, mapped from disk."""
-        shards = [*self._shards(split)]
-        return Tokens([path for path, _ in shards], [shard["tokens"] for _, shard in shards])
+        """All tokens of a split, to be read where they are needed."""
+        shards = [shard for _, shard in self._shards(split)]
+        return Tokens(self._files, [shard["file"] for shard in shards], [shard["tokens"] for shard in shards])
 
     def n_tokens(self, split: str = "train") -> int:
         """Tokens of a split, one end of text for each document included."""
@@ -335,6 +536,23 @@ class Corpus:
         """Documents of a split."""
         return sum(shard["documents"] for _, shard in self._shards(split))
 
+    def _documents_at(self, positions: Sequence[int], split: str = "train") -> list[int]:
+        """Which document of a split, counted from 0, each of these positions among its tokens belongs to.
+
+        An end of text belongs to the document before it. Shards with a position are read up to their last one.
+        """
+        tokens, end_of_text = self.tokens(split), self.tokenizer.end_of_text
+        ordered, found, start, before = sorted(set(positions)), {}, 0, 0
+        for _, shard in self._shards(split):
+            stop, at, document = start + shard["tokens"], start, before
+            for position in ordered[bisect_left(ordered, start) : bisect_left(ordered, stop)]:
+                for begin in range(at, position, _SCAN_TOKENS):
+                    part = tokens[begin : min(begin + _SCAN_TOKENS, position)]
+                    document += int(np.count_nonzero(part == end_of_text))
+                found[position], at = document, position
+            start, before = stop, before + shard["documents"]
+        return [found[position] for position in positions]
+
 
 def _n_windows(corpus: Corpus, split: str, n_ctx: int) -> int:
     """Windows of n_ctx labels in a split: the first token is a label of none, what is left over at the end neither."""
@@ -347,9 +565,9 @@ def _n_windows(corpus: Corpus, split: str, n_ctx: int) -> int:
     return (n_tokens - 1) // n_ctx
 
 
-def _window(tokens: Tokens, index: int, n_ctx: int) -> np.ndarray:
-    """The tokens [T + 1] of a window; its last one is the first input of the next window."""
-    return tokens[index * n_ctx : (index + 1) * n_ctx + 1]
+def _windows(tokens: Tokens, numbers: Iterable[int], n_ctx: int) -> np.ndarray:
+    """The tokens [W, T + 1] of some windows; the last one of each is the first input of the next window."""
+    return tokens.windows([number * n_ctx for number in numbers], n_ctx + 1)
 
 
 def _import_grain():
@@ -395,7 +613,7 @@ class Batches:
         if batch_size % n_hosts or not 0 <= host < n_hosts:
             raise CorpusError(f"host {host} of {n_hosts} cannot take an equal part of a batch of {batch_size}")
         self.batch_size, self.n_ctx = batch_size, n_ctx
-        self._tokens = corpus.tokens(split)
+        self._corpus, self._split, self._tokens = corpus, split, corpus.tokens(split)
         self._part = range(batch_size)[host * batch_size // n_hosts : (host + 1) * batch_size // n_hosts]
         # `seed` mixes the seed; `shuffle(seed=...)` would give seed 1 the order that seed 0 has in its second epoch.
         self._order = grain.MapDataset.range(self._n_windows).seed(seed).shuffle().repeat()
@@ -405,10 +623,40 @@ class Batches:
         return self._n_windows // self.batch_size
 
     def __getitem__(self, step: int) -> np.ndarray:
+        return _windows(self._tokens, self.windows(step), self.n_ctx)
+
+    def windows(self, step: int) -> list[int]:
+        """The number of each row's window: window i begins at token i * n_ctx of the split."""
         if step < 0:
             raise IndexError(f"steps count from 0, got {step}")
-        windows = (self._order[step * self.batch_size + i] for i in self._part)
-        return np.stack([_window(self._tokens, window, self.n_ctx) for window in windows])
+        return [self._order[step * self.batch_size + i] for i in self._part]
+
+    def documents(self, step: int) -> list[list[int]]:
+        """For each row, the documents that its T + 1 tokens are of, by their number in the split, from 0.
+
+        Counted when asked for, by reading the shards of the batch up to its windows.
+        """
+        starts = [window * self.n_ctx for window in self.windows(step)]
+        ends = [start + self.n_ctx for start in starts]
+        at = self._corpus._documents_at([*starts, *ends], self._split)
+        return [[*range(first, last + 1)] for first, last in zip(at[: len(starts)], at[len(starts) :], strict=True)]
+
+
+def prefetch(batches: Batches, start: int, stop: int, ahead: int = 2) -> Iterator[np.ndarray]:
+    """batches[start], ..., batches[stop - 1]; a thread reads up to `ahead` of them before they are asked for.
+
+    What a read raises is raised where its batch is due. When the generator is closed, or ends, its thread has ended.
+    """
+    reader, read = ThreadPoolExecutor(1, thread_name_prefix="prefetch"), deque()
+    try:
+        for step in range(start, stop):
+            read.append(reader.submit(batches.__getitem__, step))
+            if len(read) > ahead:
+                yield read.popleft().result()
+        while read:
+            yield read.popleft().result()
+    finally:
+        reader.shutdown(cancel_futures=True)
 
 
 def validation_windows(corpus: Corpus, n_ctx: int, count: int | None = None) -> np.ndarray:
@@ -419,4 +667,7 @@ def validation_windows(corpus: Corpus, n_ctx: int, count: int | None = None) -> 
     n_windows = _n_windows(corpus, "validation", n_ctx)
     count = n_windows if count is None else min(count, n_windows)
     tokens = corpus.tokens("validation")
-    return np.stack([_window(tokens, i * n_windows // count, n_ctx) for i in range(count)])
+    if count == n_windows:  # read once through, and not in a thousand requests
+        every = tokens[: n_windows * n_ctx + 1]
+        return np.lib.stride_tricks.sliding_window_view(every, n_ctx + 1)[::n_ctx].copy()
+    return _windows(tokens, [i * n_windows // count for i in range(count)], n_ctx)

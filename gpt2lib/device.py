@@ -5,11 +5,15 @@ import importlib.util
 import os
 import platform
 
+from gpt2lib.config import ConfigError
 
-def setup() -> str:
+
+def setup(distributed: bool = False) -> str:
     """Choose and import the backend without its start-up messages, and `describe()` it, before keras is imported.
 
-    KERAS_BACKEND decides, as everywhere in Keras; where it is not set and there is no TensorFlow, JAX.
+    KERAS_BACKEND decides, as everywhere in Keras; where it is not set and there is no TensorFlow, JAX. `distributed`:
+    this is one of several hosts (JAX): they find each other by Keras' KERAS_DISTRIBUTION_* variables, or by what a TPU
+    pod, Slurm or Kubernetes tells JAX.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     backend = os.environ.get("KERAS_BACKEND", "tensorflow")
@@ -18,6 +22,10 @@ def setup() -> str:
     with _silent_stderr():
         import keras
 
+        if distributed:
+            if keras.backend.backend() != "jax":
+                raise RuntimeError("several hosts need the JAX backend; set KERAS_BACKEND=jax")
+            keras.distribution.initialize()
         keras.random.uniform((1,), seed=0)  # the first operation starts the devices, with messages of its own
     return describe()
 
@@ -74,3 +82,75 @@ def compiled(model, function):
     import tensorflow as tf
 
     return tf.function(function, autograph=False, jit_compile=False, reduce_retracing=True)
+
+
+# --- the devices of a run ---------------------------------------------------------------------------------------------
+
+
+def places(n: int | None = None, sharded: bool = False):
+    """Where a run trains: with JAX the list of its devices, of all hosts; with TensorFlow a `tf.distribute` strategy.
+
+    `n` takes the first so many. ConfigError if there are fewer, or for what the backend cannot do.
+    """
+    import keras
+
+    if keras.backend.backend() == "jax":
+        import jax
+
+        found = jax.devices()
+        if n is not None and jax.process_count() > 1:
+            raise ConfigError("TrainConfig.devices is for one host; several use all of theirs")
+        return _first(found, n)
+    import tensorflow as tf
+
+    if sharded:
+        raise ConfigError("TrainConfig.sharded needs the JAX backend; set KERAS_BACKEND=jax")
+    found = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
+    chosen = _first(found, n)
+    return tf.distribute.MirroredStrategy([d.name for d in chosen]) if len(chosen) > 1 else tf.distribute.get_strategy()
+
+
+def _first(found, n):
+    if n is not None and n > len(found):
+        raise ConfigError(f"TrainConfig.devices is {n}, but there are {len(found)}")
+    return found[:n]
+
+
+def on_host():
+    """A scope whose JAX arrays are made in the host's memory: a model may be larger than one device."""
+    import jax
+
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:  # JAX_PLATFORMS names the accelerator only
+        return contextlib.nullcontext()
+
+
+def hosts() -> tuple[int, int]:
+    """The number of this host, and how many take part in a run."""
+    import keras
+
+    if keras.backend.backend() != "jax":
+        return 0, 1
+    import jax
+
+    return jax.process_index(), jax.process_count()
+
+
+def from_first_host(array):
+    """The array that the first host has; all hosts give one of the same shape."""
+    if hosts()[1] == 1:
+        return array
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.broadcast_one_to_all(array)
+
+
+def any_host(flag: bool) -> bool:
+    """Whether the flag is up on any host."""
+    if hosts()[1] == 1:
+        return flag
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.process_allgather(np.array(flag)).any())

@@ -12,6 +12,7 @@ import numpy as np
 from keras import ops
 
 from gpt2lib.config import ConfigError, nearest
+from gpt2lib.seed import FixedSeed
 
 # Standard deviation of a kernel [nx, nf] by its path, nx and the number of layers; wte has 0.02, wpe 0.01 in all.
 INITS = {
@@ -46,15 +47,20 @@ def initial_values(config, init: str, seed: int):
     return values
 
 
-class _Layer(keras.layers.Layer):
-    """A layer with what all layers of one model share: `values(path, shape)` gives first values, `dropout` drops."""
+def dropout(x, rate, seed):
+    """x with a share `rate` of its entries 0 and the others 1 / (1 - rate) times as large; without a seed as it is."""
+    return keras.random.dropout(x, rate, seed=seed) if seed is not None and rate else x
 
-    def __init__(self, name, config, values, dropout, dtype):
+
+class _Layer(keras.layers.Layer):
+    """A layer with what all layers of one model share: `values(path, shape)` gives first values."""
+
+    def __init__(self, name, config, values, dtype):
         super().__init__(name=name, dtype=dtype)
-        self.config, self.values, self.dropout = config, values, dropout
+        self.config, self.values = config, values
 
     def child(self, kind, name, *args):
-        return kind(name, self.config, self.values, self.dropout, self.dtype_policy, *args)
+        return kind(name, self.config, self.values, self.dtype_policy, *args)
 
     def weight(self, name, shape, **kwargs):
         array = self.values(f"{self.path}/{name}", shape)
@@ -64,8 +70,8 @@ class _Layer(keras.layers.Layer):
 class Norm(_Layer):
     """Layer normalisation over the last axis, epsilon 1e-5, always in float32: [..., D] -> [..., D]."""
 
-    def __init__(self, name, config, values, dropout, dtype):
-        super().__init__(name, config, values, dropout, "float32")
+    def __init__(self, name, config, values, dtype):
+        super().__init__(name, config, values, "float32")
 
     def build(self, shape):
         self.g, self.b = self.weight("g", (shape[-1],)), self.weight("b", (shape[-1],))
@@ -79,8 +85,8 @@ class Norm(_Layer):
 class Conv1D(_Layer):
     """OpenAI's name for a linear map: [..., nx] -> [..., nf], kernel `w` [nx, nf]."""
 
-    def __init__(self, name, config, values, dropout, dtype, nf):
-        super().__init__(name, config, values, dropout, dtype)
+    def __init__(self, name, config, values, dtype, nf):
+        super().__init__(name, config, values, dtype)
         self.nf = nf
 
     def build(self, shape):
@@ -108,7 +114,7 @@ class Attention(_Layer):
         b, n, t, h = ops.shape(x)
         return ops.reshape(ops.transpose(x, (0, 2, 1, 3)), (b, t, n * h))
 
-    def call(self, x, past=None, position=0, visible=None, training=False):
+    def call(self, x, past=None, position=0, visible=None, seed=None):
         q, k, v = (self.split_heads(part) for part in ops.split(self.c_attn(x), 3, axis=-1))  # 3 x [B, N, T, H]
         if past is not None:  # write the T new keys and values behind the `position` old ones: [B, N, S, H]
             k = ops.slice_update(past[0], (0, 0, position, 0), ops.cast(k, past[0].dtype))
@@ -118,11 +124,10 @@ class Attention(_Layer):
         scores = ops.where(visible, scores, -1e10)
         weights = ops.softmax(scores) if scores.shape[-1] != 1 else ops.ones_like(scores)  # Keras warns of a lone 1
         weights = ops.cast(weights, self.compute_dtype)
-        weights = self.dropout(weights, self.config.attn_pdrop, training)
+        weights = dropout(weights, self.config.attn_pdrop, seed and seed.child(1))
         a = ops.matmul(weights, v)  # [B, N, T, S] @ [B, N, S, H] -> [B, N, T, H]
         a = self.c_proj(self.merge_heads(a))  # [B, T, D]
-        a = self.dropout(a, self.config.resid_pdrop, training)
-        return a, (k, v)
+        return dropout(a, self.config.resid_pdrop, seed and seed.child(2)), (k, v)
 
 
 class MLP(_Layer):
@@ -134,9 +139,9 @@ class MLP(_Layer):
         self.c_fc.build(shape)
         self.c_proj.build((*shape[:-1], 4 * d))
 
-    def call(self, x, training=False):
+    def call(self, x, seed=None):
         h = ops.gelu(self.c_fc(x), approximate=True)
-        return self.dropout(self.c_proj(h), self.config.resid_pdrop, training)
+        return dropout(self.c_proj(h), self.config.resid_pdrop, seed and seed.child(3))
 
 
 class Block(_Layer):
@@ -148,10 +153,10 @@ class Block(_Layer):
         for layer in (self.ln_1, self.attn, self.ln_2, self.mlp):
             layer.build(shape)
 
-    def call(self, x, past=None, position=0, visible=None, training=False):
-        a, present = self.attn(self.ln_1(x), past=past, position=position, visible=visible, training=training)
+    def call(self, x, past=None, position=0, visible=None, seed=None):
+        a, present = self.attn(self.ln_1(x), past=past, position=position, visible=visible, seed=seed)
         x = x + a
-        x = x + self.mlp(self.ln_2(x), training=training)
+        x = x + self.mlp(self.ln_2(x), seed=seed)
         return x, present
 
 
@@ -162,16 +167,17 @@ class GPT2(keras.Model):
         config: `ModelConfig`.
         init: a name in `INITS`, or a function `(path, shape) -> float32 array` (this is how checkpoints are read).
         seed: of the initial values and of dropout.
-        dtype: a Keras dtype policy; with `mixed_bfloat16` parameters, norms, softmax and logits stay float32.
+        dtype: a Keras dtype policy; norms, softmax and logits stay float32. With `mixed_bfloat16` all parameters do
+            too, with `bfloat16` only those of the norms.
+        remat: in training, keep only the inputs of the blocks and compute the blocks again for their gradients.
     """
 
-    def __init__(self, config, init="gpt2", seed=0, dtype=None, name="model"):
+    def __init__(self, config, init="gpt2", seed=0, dtype=None, remat=False, name="model"):
         super().__init__(name=name, dtype=dtype)
-        self.config = config
+        self.config, self.remat = config, remat
         self.source = init if callable(init) else initial_values(config, init, seed)
-        # One stream of dropout masks; its state is a variable, so a checkpoint holds it.
-        self.dropout_seed = keras.random.SeedGenerator(seed, name="dropout")
-        shared = (config, self.values, self.dropout, self.dtype_policy)
+        self.dropout_seed = keras.random.SeedGenerator(seed, name="dropout")  # where a call gives no seed of its own
+        shared = (config, self.values, self.dtype_policy)
         self.blocks = [Block(f"h{i}", *shared) for i in range(config.n_layer)]
         self.ln_f = Norm("ln_f", *shared)
         self.build((None, None))
@@ -192,16 +198,13 @@ class GPT2(keras.Model):
 
     embedding = _Layer.weight
 
-    def dropout(self, x, rate, training):
-        return keras.random.dropout(x, rate, seed=self.dropout_seed) if training and rate else x
-
     def empty_cache(self, batch, length):
         """A cache for `length` positions: for each layer the keys and values, 2 x [B, N, S, H] of zeros."""
         c = self.config
         zeros = ops.zeros((batch, c.n_head, length, c.n_embd // c.n_head), self.compute_dtype)
         return [(zeros, zeros) for _ in self.blocks]
 
-    def hidden(self, tokens, past=None, position=0, start=None, training=False):
+    def hidden(self, tokens, past=None, position=0, start=None, training=False, seed=None):
         """The last norm's output [B, T, D] float32 and the cache with these tokens. Arguments as `call`."""
         t = ops.shape(tokens)[1]
         if isinstance(t, int) and t > self.config.n_ctx and start is None:
@@ -213,19 +216,25 @@ class GPT2(keras.Model):
         if start is not None:  # row b begins at start[b]: hide what lies before it, and count positions from it
             visible = visible & (ops.arange(s)[None, :] >= start[:, None])[:, None, None, :]  # [B, 1, T, S]
             where = ops.clip(where - start[:, None], 0, self.config.n_ctx - 1)  # [B, T]
+        if training and seed is None:
+            seed = FixedSeed(*ops.unstack(self.dropout_seed.next()))
         x = look_up(self.wte, tokens) + look_up(self.wpe, where)
-        x = self.dropout(ops.cast(x, self.compute_dtype), self.config.embd_pdrop, training)  # [B, T, D]
+        x = dropout(ops.cast(x, self.compute_dtype), self.config.embd_pdrop, seed)  # [B, T, D]
         present = []
-        for block, layer_past in zip(self.blocks, past or [None] * len(self.blocks), strict=True):
-            x, layer_present = block(x, past=layer_past, position=position, visible=visible, training=training)
-            present.append(layer_present)
+        for i, block in enumerate(self.blocks):
+            options = dict(visible=visible, seed=seed and seed.child(4 * i + 4))
+            if training and self.remat:
+                x = keras.remat(lambda x, block=block, options=options: block(x, **options)[0])(x)
+            else:
+                x, layer_present = block(x, past=past and past[i], position=position, **options)
+                present.append(layer_present)
         return self.ln_f(x), present
 
     def logits(self, h):
         """[B, T, D] -> [B, T, V] by the transpose of wte, in float32 under every dtype policy."""
         return ops.matmul(h, ops.transpose(ops.cast(self.wte, "float32")))
 
-    def call(self, tokens, past=None, position=0, start=None, training=False):
+    def call(self, tokens, past=None, position=0, start=None, training=False, seed=None):
         """Logits of the next token at every position.
 
         Args:
@@ -234,10 +243,11 @@ class GPT2(keras.Model):
             position: how many positions came before these tokens.
             start: [B] int32, the first position of each row that counts, for prompts padded on the left.
             training: apply dropout.
+            seed: `FixedSeed` of the dropout; None: the model's own stream of seeds.
 
         Returns: logits [B, T, V] float32; with a `past`, (logits, present), present being the cache with these tokens.
         """
-        h, present = self.hidden(tokens, past, position, start, training)
+        h, present = self.hidden(tokens, past, position, start, training, seed)
         return self.logits(h) if past is None else (self.logits(h), present)
 
 

@@ -7,18 +7,9 @@ import numpy as np
 from keras import ops
 
 from gpt2lib.device import compiled
+from gpt2lib.seed import FixedSeed
 
 _LOWEST = -1e10  # what OpenAI's sample.py gives to words that are out
-
-
-class _StepSeed(keras.random.SeedGenerator):
-    """Randomness as a pure function of (seed, step), both tensors, as a compiled loop needs it."""
-
-    def __init__(self, seed, step, dtype):
-        self.pair = ops.stack([ops.cast(seed, dtype), ops.cast(step, dtype)])
-
-    def next(self, ordered=True):
-        return self.pair
 
 
 def keep_top_k(logits, k: int):
@@ -53,15 +44,13 @@ def choose(logits, temperature, top_k, top_p, use_top_p, seed):
 def _program(model, length, space, greedy, top_k, use_top_p):
     """`f(tokens [B, T], start [B], temperature, top_p, seed, end) -> new tokens [B, length]`, not yet compiled."""
 
-    seed_dtype = model.dropout_seed.state.dtype  # the backend's own
-
     def run(tokens, start, temperature, top_p, seed, end):
         b, t = tokens.shape
 
         def pick(logits, i):
             if greedy:
                 return ops.cast(ops.argmax(logits, axis=-1), "int32")
-            return choose(logits, temperature, top_k, top_p, use_top_p, _StepSeed(seed, i, seed_dtype))
+            return choose(logits, temperature, top_k, top_p, use_top_p, FixedSeed(seed, i))
 
         h, cache = model.hidden(tokens, model.empty_cache(b, space), 0, start)
         token = pick(model.logits(h[:, -1]), 0)  # [B]

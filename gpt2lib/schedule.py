@@ -28,3 +28,20 @@ class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
 
     def get_config(self):
         return {"learning_rate": self.learning_rate, "warmup_steps": self.warmup_steps, "max_steps": self.max_steps}
+
+
+@keras.saving.register_keras_serializable("gpt2lib")
+class Warmup(keras.optimizers.schedules.LearningRateSchedule):
+    """Linear warm-up from 0, constant after: `rate(s) = lr * min(s / W, 1)`, W = `warmup_steps`; W = 0: always lr."""
+
+    def __init__(self, learning_rate, warmup_steps=0):
+        if warmup_steps < 0:
+            raise ValueError(f"warmup_steps must not be negative, got {warmup_steps}")
+        self.learning_rate, self.warmup_steps = learning_rate, warmup_steps
+
+    def __call__(self, step):
+        share = ops.cast(step, "float32") / self.warmup_steps if self.warmup_steps else 1.0
+        return self.learning_rate * ops.minimum(ops.convert_to_tensor(share, "float32"), 1.0)
+
+    def get_config(self):
+        return {"learning_rate": self.learning_rate, "warmup_steps": self.warmup_steps}

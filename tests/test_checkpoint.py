@@ -18,8 +18,10 @@ from literal import distinctive
 from gpt2lib import checkpoint
 from gpt2lib.adafactor import Adafactor
 from gpt2lib.checkpoint import CheckpointError, load_openai, openai_shapes, save_openai
-from gpt2lib.config import SIZES, ModelConfig
+from gpt2lib.config import SIZES, ModelConfig, TrainConfig
+from gpt2lib.device import places
 from gpt2lib.model import GPT2
+from gpt2lib.step import make_step
 
 DATA = "model.ckpt.data-00000-of-00001"
 OTHER = {"tensorflow": "jax", "jax": "tensorflow"}[keras.backend.backend()]
@@ -420,29 +422,27 @@ def test_a_disk_that_is_really_full(tmp_path):
 
 def test_another_size_names_the_variable_and_its_shapes():
     model, wider = GPT2(SIZES["test"]), GPT2(SIZES["test"].replace(n_embd=18))
-    before = arrays_of(model)
     with pytest.raises(CheckpointError, match=r"`model/\S+`.*\b18\b.*\b15\b") as error:
-        checkpoint.assign(model.variables, checkpoint.state_arrays(wider), "runs/x")
+        checkpoint.check(arrays_of(model), arrays_of(wider), "runs/x")
     assert "runs/x" in sentence(error)
-    arrays = checkpoint.state_arrays(wider)
-    arrays |= checkpoint.state_arrays(GPT2(SIZES["test"], seed=5)) | {"model/ln_f/b": np.zeros(18, np.float32)}
     with pytest.raises(CheckpointError, match=r"model/ln_f/b"):
-        checkpoint.assign(model.variables, arrays, "runs/x")
-    assert_same_bits(arrays_of(model), before)  # all are checked before the first is set
+        checkpoint.check(arrays_of(model), arrays_of(model) | {"model/ln_f/b": np.zeros(18, np.float32)}, "runs/x")
     with pytest.raises(CheckpointError, match=r"model/h2/\S+"):
-        checkpoint.assign(GPT2(SIZES["test"].replace(n_layer=3)).variables, checkpoint.state_arrays(model), "runs/x")
+        checkpoint.check(arrays_of(GPT2(SIZES["test"].replace(n_layer=3))), arrays_of(model), "runs/x")
+    checkpoint.check(arrays_of(model), arrays_of(model), "runs/x")
 
 
 # --- between the backends ---------------------------------------------------------------------------------------------
 
 
 def state(optimizer: str):
-    """A model and an optimizer in the middle of things: every variable has a value of its own."""
+    """The step of a model and an optimizer, which holds all that a run must restore."""
     model = GPT2(SIZES["test"], seed=4)
     make = {"adafactor": lambda: Adafactor(0.01, beta1=0.9), "adamw": lambda: keras.optimizers.AdamW(0.01)}[optimizer]
     optimizer = make()
     optimizer.build(model.trainable_variables)
-    return model, optimizer
+    config = TrainConfig(corpus="", run_dir="")
+    return make_step(model, optimizer, model.trainable_variables, config, places())
 
 
 def fill_with_numbers(arrays: dict) -> dict:
@@ -464,10 +464,10 @@ import sys
 sys.path.insert(0, sys.argv[3])
 import test_checkpoint as t
 from gpt2lib import checkpoint
-model, optimizer = t.state(sys.argv[2])
+step = t.state(sys.argv[2])
 arrays, info = checkpoint.read(sys.argv[1])
-checkpoint.assign([*model.variables, *optimizer.variables], arrays, "there")
-checkpoint.save(sys.argv[1] + ".back", info["step"], checkpoint.state_arrays(model, optimizer), {"from": t.OTHER})
+step.assign(arrays)
+checkpoint.save(sys.argv[1] + ".back", info["step"], step.arrays(), {"from": t.OTHER})
 """
 
 
@@ -475,12 +475,12 @@ checkpoint.save(sys.argv[1] + ".back", info["step"], checkpoint.state_arrays(mod
 def test_the_other_backend_restores_it_bit_for_bit(tmp_path, optimizer):
     """Saved here, restored and saved again there; run on both backends, this is both directions."""
     folder = tmp_path / "c"
-    model, opt = state(optimizer)
-    arrays = fill_with_numbers(checkpoint.state_arrays(model, opt))
-    assert len(arrays) == len(model.variables) + len(opt.variables), "every variable has a path of its own"
-    assert any("seed" in name for name in arrays), "the state of dropout is in it"
-    checkpoint.assign([*model.variables, *opt.variables], arrays, "here")
-    ours = checkpoint.state_arrays(model, opt)
+    step = state(optimizer)
+    arrays = fill_with_numbers(step.arrays())
+    variables = len(step.trained) + len(step.optimizer.variables)
+    assert len(arrays) == variables, "every variable has a path of its own"
+    step.assign(arrays)
+    ours = step.arrays()
     assert_same_bits(ours, arrays)
     checkpoint.save(folder, 1234, ours, {})
     python(ACROSS, folder, optimizer, ROOT / "tests", backend=OTHER)

@@ -1,16 +1,26 @@
-"""Shards and batches: against literal NumPy windows, and every way in which a corpus can be bad."""
+"""Shards and batches: against literal NumPy windows, and every way in which a corpus can be bad or out of reach."""
 
 import errno
+import functools
 import hashlib
+import http.server
 import json
+import re
 import shutil
+import subprocess
+import sys
+import threading
+from itertools import accumulate
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
-from gpt2lib.data import Batches, Corpus, CorpusError, validation_windows, write_corpus
-from gpt2lib.tokenizer import Tokenizer
+from gpt2lib import data
+from gpt2lib.data import Batches, Corpus, CorpusError, prefetch, validation_windows, write_corpus
+from gpt2lib.tokenizer import Tokenizer, TokenizerError
 
 BYTES = Tokenizer([])  # ids of bytes, in GPT-2's order, and end of text
 # No window of the tests occurs twice, so its text tells which one it is.
@@ -159,10 +169,58 @@ def test_hosts_share_the_batch_of_one(folder, n_hosts):
     np.testing.assert_array_equal(np.concatenate([part[13] for part in parts]), whole[13])
 
 
+HOST = """
+import json, sys
+sys.modules["jax"] = None  # grain would import it, which takes long
+from gpt2lib import data
+
+pieces, ranges = [], data._Disk.ranges
+data._Disk.ranges = lambda self, asked: pieces.extend(asked) or ranges(self, asked)
+folder, steps, host, n_hosts = json.loads(sys.argv[1])
+batches = data.Batches(data.Corpus(folder), batch_size=8, n_ctx=17, seed=2, host=host, n_hosts=n_hosts)
+rows = [batches[step].tolist() for step in steps]
+assert not {"keras", "tensorflow"} & set(sys.modules)
+print(json.dumps([rows, pieces]))
+"""
+
+
+@pytest.mark.parametrize("n_hosts", [1, 2, 8])
+def test_hosts_as_processes(folder, n_hosts):
+    """An epoch and two far steps: together the hosts have the batches of one, and each read only what it has."""
+    tokens, n_ctx = literal(DOCUMENTS, "train").tolist(), 17
+    whole = Batches(Corpus(folder), batch_size=8, n_ctx=n_ctx, seed=2)
+    steps = [*range(len(whole)), 1000, 10**9]
+    commands = [
+        [sys.executable, "-c", HOST, json.dumps([str(folder), steps, host, n_hosts])] for host in range(n_hosts)
+    ]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
+    answers = [process.communicate(timeout=60)[0] for process in processes]
+    assert not any(process.returncode for process in processes)
+    rows, pieces = zip(*map(json.loads, answers), strict=True)
+    batches = np.concatenate(rows, axis=1)
+    np.testing.assert_array_equal(batches, [whole[step] for step in steps])
+    epoch = [window for batch in batches[: len(whole)] for window in windows_of(batch, tokens, n_ctx)]
+    assert len(set(epoch)) == len(epoch) == len(whole) * 8
+
+    shards = Corpus(folder).manifest["splits"]["train"]
+    begins = accumulate((shard["tokens"] for shard in shards), initial=0)
+    begin = {shard["file"]: at for shard, at in zip(shards, begins, strict=False)}
+    for own, read in zip(rows, pieces, strict=True):
+        assert [t for name, a, b in read for t in tokens[begin[name] + a : begin[name] + b]] == np.ravel(own).tolist()
+
+
 def test_sharding_does_not_change_the_batches(folder, tmp_path):
     write(tmp_path / "corpus", shard_tokens=10**6)
     one, many = (Batches(Corpus(f), batch_size=5, n_ctx=19, seed=1)[7] for f in (tmp_path / "corpus", folder))
     np.testing.assert_array_equal(one, many)
+
+
+def test_a_corpus_replaced_while_it_is_read(copy, folder):
+    options = dict(batch_size=4, n_ctx=17, seed=2)
+    batches = Batches(Corpus(copy), **options)
+    write(copy, [f"another {text}" for text in DOCUMENTS])
+    for step in range(20):
+        np.testing.assert_array_equal(batches[step], Batches(Corpus(folder), **options)[step])
 
 
 def test_validation_windows_are_evenly_spread(folder):
@@ -175,6 +233,375 @@ def test_validation_windows_are_evenly_spread(folder):
     four = validation_windows(corpus, n_ctx, 4)
     np.testing.assert_array_equal(four, every[[n_windows * i // 4 for i in range(4)]])
     np.testing.assert_array_equal(validation_windows(corpus, n_ctx, 10**6), every)
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+@pytest.mark.parametrize("scanned_at_once", [7, 10**6])
+def test_windows_and_documents(folder, monkeypatch, split, scanned_at_once):
+    monkeypatch.setattr(data, "_SCAN_TOKENS", scanned_at_once)
+    tokens, n_ctx = literal(DOCUMENTS, split), 23
+    document = np.concatenate([[0], (tokens == 256).cumsum()[:-1]])  # of each token; an end of text is of its own
+    batches = Batches(Corpus(folder), split, batch_size=6, n_ctx=n_ctx, seed=2, host=1, n_hosts=2)
+    seen = set()
+    for step in (0, 3, len(batches), 10**9):
+        windows = batches.windows(step)
+        assert windows == windows_of(batches[step], tokens.tolist(), n_ctx)
+        expected = [sorted({*document[i * n_ctx : i * n_ctx + n_ctx + 1].tolist()}) for i in windows]
+        assert batches.documents(step) == expected
+        seen |= {len(row) for row in expected}
+    assert len(seen) > 1  # windows within one document and windows over several
+
+
+def test_prefetch_gives_the_same_batches(folder):
+    batches = Batches(Corpus(folder), batch_size=4, n_ctx=17, seed=2)
+    for ahead in (0, 1, 5, 100):
+        read = [*prefetch(batches, 3, 20, ahead)]
+        np.testing.assert_array_equal(read, [batches[step] for step in range(3, 20)])
+    assert [*prefetch(batches, 5, 5)] == []
+
+
+def reading() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+class Steps:
+    """Stands in for batches: `steps[s]` is s, and says that it was asked for; reading `fails_at` fails."""
+
+    def __init__(self, fails_at=None):
+        self.fails_at, self.read = fails_at, {step: threading.Event() for step in range(100)}
+
+    def __getitem__(self, step):
+        self.read[step].set()
+        if step == self.fails_at:
+            raise CorpusError("the disk went away")
+        return step
+
+
+def test_prefetch_reads_ahead_and_stops_with_its_reader():
+    steps = Steps()
+    batches = prefetch(steps, 0, 100, ahead=3)
+    assert not reading()
+    assert next(batches) == 0
+    assert steps.read[3].wait(10) and not steps.read[4].is_set()
+    assert next(batches) == 1
+    assert steps.read[4].wait(10) and not steps.read[5].is_set()
+    assert len(reading()) == 1
+    batches.close()
+    assert not reading()
+
+    for step in prefetch(Steps(), 0, 100):
+        if step == 7:
+            break
+    assert not reading()  # nobody holds the generator any more
+
+
+def test_prefetch_fails_where_the_batch_is_due():
+    batches = prefetch(Steps(fails_at=5), 2, 100, ahead=4)
+    assert [next(batches) for _ in range(3)] == [2, 3, 4]
+    with pytest.raises(CorpusError, match="the disk went away"):
+        next(batches)
+    assert not reading()
+
+
+# -------------------------------------------------------------------------------------------------------- large corpora
+
+
+def pretend(folder, n_shards, shard_tokens) -> Path:
+    """A corpus of zeros that takes no room on disk."""
+    BYTES.save(folder / "tokenizer")
+    shards = [
+        {"file": f"{i:05d}.bin", "sha256": "", "tokens": shard_tokens, "documents": 1, "bytes": 1}
+        for i in range(n_shards)
+    ]
+    for shard in shards:
+        with (folder / shard["file"]).open("wb") as file:
+            file.truncate(2 * shard_tokens)
+    manifest = {
+        "format": 1, "name": "pretended", "source": {}, "validation_fraction": 0.5, "left_out": {},
+        "tokenizer": {"n_vocab": 257, "hash": BYTES.hash}, "splits": {"train": shards, "validation": shards[:1]},
+    }  # fmt: skip
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def anonymous_memory() -> int:
+    """Bytes that this process holds itself, without the pages of mapped files, which can be dropped at any time."""
+    return int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the kernel does not say what memory is used")
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+    """10 million and 10 billion tokens: opened, 2000 batches read, and far steps reached."""
+    n_ctx, grown, windows = 1024, {}, []
+    Batches(Corpus(pretend(tmp_path / "warm", 1, 10**4)), batch_size=2, n_ctx=8)[0]  # imports grain
+    for name, n_shards, shard_tokens in (("small", 1, 10**7), ("large", 300, 2**25)):
+        folder = pretend(tmp_path / name, n_shards, shard_tokens)
+        before = anonymous_memory()
+        batches = Batches(Corpus(folder), batch_size=2, n_ctx=n_ctx, seed=1)
+        for step in range(2000):
+            assert not batches[step].any()
+        grown[name] = anonymous_memory() - before
+    assert grown["large"] < 10e6
+    assert grown["large"] - grown["small"] < 5e6
+
+    assert len(batches) == (300 * 2**25 - 1) // n_ctx // 2
+    windows = np.ravel([batches.windows(step) for step in range(2000)])
+    assert len(set(windows)) == 4000
+    counts = np.histogram(windows, 20, (0, 2 * len(batches)))[0]  # of 200 expected in each part of the corpus
+    assert 100 < counts.min() and counts.max() < 300
+    for step in (10**6, len(batches) - 1, len(batches), 10**9):  # the end of the first epoch, and beyond
+        for row, window in enumerate(batches.windows(step)):
+            shard, at = divmod(window * n_ctx, 2**25)
+            with (tmp_path / "large" / f"{shard:05d}.bin").open("r+b") as file:
+                file.seek(2 * at)
+                file.write(np.arange(100 * row, 100 * row + n_ctx, dtype="<u2").tobytes())
+        np.testing.assert_array_equal(batches[step][:, :-1], [[*range(n_ctx)], [*range(100, 100 + n_ctx)]])
+
+
+# ---------------------------------------------------------------------------------------------------- remote corpora
+
+
+@pytest.fixture
+def remote(folder):
+    """The corpus at an address."""
+    memory = fsspec.filesystem("memory")
+    memory.put(str(folder), "/bucket/corpus", recursive=True)
+    yield "memory://bucket/corpus"
+    memory.rm("/bucket", recursive=True)
+
+
+@pytest.fixture
+def fetched(monkeypatch) -> list:
+    """(path, start, stop) in bytes of each read from memory://."""
+    reads, cat_file = [], MemoryFileSystem.cat_file
+
+    def recorded(self, path, start=None, end=None, **kwargs):
+        reads.append((path, start, end))
+        return cat_file(self, path, start, end, **kwargs)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", recorded)
+    return reads
+
+
+@pytest.fixture
+def pauses(monkeypatch) -> list:
+    """The seconds that would have been waited."""
+    waited = []
+    monkeypatch.setattr(data.time, "sleep", waited.append)
+    return waited
+
+
+def assert_same(there: Corpus, here: Corpus):
+    assert there.hash == here.hash
+    assert there.tokenizer.hash == here.tokenizer.hash
+    there.verify()
+    for split in data.SPLITS:
+        np.testing.assert_array_equal(there.tokens(split)[:], here.tokens(split)[:])
+        np.testing.assert_array_equal(there.tokens(split)[200:450], here.tokens(split)[200:450])
+        options = dict(split=split, batch_size=4, n_ctx=19, seed=3, host=1, n_hosts=2)
+        a, b = Batches(there, **options), Batches(here, **options)
+        for step in (0, 5, 10**9):
+            np.testing.assert_array_equal(a[step], b[step])
+            assert a.documents(step) == b.documents(step)
+        np.testing.assert_array_equal([*prefetch(a, 2, 7)], [b[step] for step in range(2, 7)])
+    for count in (7, None):
+        np.testing.assert_array_equal(validation_windows(there, 13, count), validation_windows(here, 13, count))
+
+
+@pytest.mark.parametrize("scanned_at_once", [64, 10**6])
+def test_a_remote_corpus_is_the_local_one(remote, folder, monkeypatch, scanned_at_once):
+    monkeypatch.setattr(data, "_SCAN_TOKENS", scanned_at_once)
+    assert_same(Corpus(remote), Corpus(folder))
+    assert Corpus(remote + "/").folder == remote
+
+
+def test_an_address_on_disk_is_mapped(folder):
+    corpus = Corpus(folder.as_uri())
+    assert corpus.folder == folder
+    assert_same(corpus, Corpus(folder))
+
+
+def test_a_host_fetches_its_part_in_one_call(remote, fetched, monkeypatch):
+    calls, cat_ranges = [], MemoryFileSystem.cat_ranges
+    monkeypatch.setattr(MemoryFileSystem, "cat_ranges", lambda *args, **kw: calls.append(1) or cat_ranges(*args, **kw))
+    monkeypatch.setattr(MemoryFileSystem, "size", None)  # opening lists the folder and asks for no file's size
+    corpus = Corpus(remote)
+    assert fetched == [("/bucket/corpus/manifest.json", None, None)]
+    batches = Batches(corpus, batch_size=6, n_ctx=17, seed=2, host=1, n_hosts=3)
+    fetched.clear()
+    batch = batches[4]
+    assert len(calls) == 1
+    parts = [fsspec.filesystem("memory").store[path].getvalue()[start:stop] for path, start, stop in fetched]
+    assert b"".join(parts) == batch.astype("<u2").tobytes()
+
+
+def test_a_folder_that_cannot_be_listed(remote, folder, monkeypatch):
+    def forbidden(*args, **kwargs):
+        raise PermissionError("storage.objects.list")
+
+    def hidden(self, path):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(MemoryFileSystem, "ls", forbidden)
+    assert_same(Corpus(remote), Corpus(folder))
+    with monkeypatch.context() as patch:  # as of a server that does not answer HEAD
+        patch.setattr(MemoryFileSystem, "size", hidden)
+        assert_same(Corpus(remote), Corpus(folder))
+    del MemoryFileSystem.store["/bucket/corpus/train-00001.bin"]
+    with pytest.raises(CorpusError, match=rf"the shard {remote}/train-00001\.bin is missing \(\d+ bytes expected\)"):
+        Corpus(remote)
+
+
+def test_bad_remote_corpora(remote, folder):
+    store = MemoryFileSystem.store
+    corpus = Corpus(remote)
+    with pytest.raises(CorpusError, match=r"^there is no corpus in memory://bucket: manifest\.json is missing$"):
+        Corpus("memory://bucket")
+    path = "/bucket/corpus/validation-00000.bin"
+    with fsspec.open(f"memory:/{path}", "r+b") as file:
+        file.write(b"\0\0")
+    with pytest.raises(CorpusError, match=rf"the shard {remote}/validation-00000\.bin has changed"):
+        corpus.verify()
+    store[path].truncate(10)
+    with pytest.raises(CorpusError, match=rf"the shard {remote}/validation-00000\.bin has 10 bytes, \d+ expected"):
+        Corpus(remote)
+    del store[path]
+    with pytest.raises(CorpusError, match=rf"the shard {remote}/validation-00000\.bin is missing"):
+        Corpus(remote)
+    with pytest.raises(CorpusError, match=rf"cannot read {remote}: validation-00000\.bin: FileNotFoundError"):
+        corpus.tokens("validation")[:5]
+    store["/bucket/corpus/tokenizer/encoder.json"].truncate(10)
+    with pytest.raises(TokenizerError, match=rf"{remote}/tokenizer/encoder\.json is not a vocabulary file"):
+        _ = corpus.tokenizer
+    del store["/bucket/corpus/tokenizer/encoder.json"]
+    with pytest.raises(CorpusError, match=rf"{remote}/tokenizer/encoder\.json is missing"):
+        _ = corpus.tokenizer
+
+
+@pytest.mark.parametrize(("address", "package"), [("gs://bucket/corpus", "gcsfs"), ("s3://bucket/corpus", "s3fs")])
+def test_a_package_that_is_missing(address, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(
+        CorpusError, match=f"reading {address} needs a package that is not installed: run `pip install {package}`"
+    ):
+        Corpus(address)
+
+
+def test_an_address_of_no_kind():
+    with pytest.raises(CorpusError, match="cannot read gopher://bucket/corpus: ValueError: Protocol not known: gopher"):
+        Corpus("gopher://bucket/corpus")
+
+
+def failing(monkeypatch, errors):
+    """The next reads from memory:// fail with these errors, or give these bytes; returns what was asked for."""
+    asked, errors, cat_file = [], iter(errors), MemoryFileSystem.cat_file
+
+    def cat_file_later(self, path, start=None, end=None, **kwargs):
+        asked.append((path, start, end))
+        match next(errors, None):
+            case Exception() as error:
+                raise error
+            case bytes() as content:
+                return content
+        return cat_file(self, path, start, end, **kwargs)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file_later)
+    return asked
+
+
+def test_a_remote_that_recovers(remote, folder, monkeypatch, pauses):
+    options = dict(batch_size=4, n_ctx=17, seed=2)
+    asked = failing(monkeypatch, [TimeoutError("slow"), ConnectionResetError("gone")])
+    batches = Batches(Corpus(remote), **options)
+    assert len(asked) == 3
+    assert pauses == [1, 2]
+
+    pauses.clear()
+    expected = Batches(Corpus(folder), **options)[9]
+    # The second of several ranges fails, then comes cut off; what has come is not fetched again.
+    asked = failing(monkeypatch, [None, OSError("503"), *[None] * (len(expected) - 2), b"short"])
+    np.testing.assert_array_equal(batches[9], expected)
+    assert len(set(asked)) >= len(expected)
+    assert asked[-2:] == [asked[1]] * 2
+    assert len(asked) == len(set(asked)) + 2
+    assert pauses == [1, 2]
+
+
+def test_a_remote_that_does_not_recover(remote, monkeypatch, pauses):
+    batches = Batches(Corpus(remote), batch_size=4, n_ctx=17)
+    asked = failing(monkeypatch, [ConnectionResetError("gone\nfor good")] * 100)
+    with pytest.raises(
+        CorpusError, match=rf"^cannot read {remote}/manifest\.json: ConnectionResetError: gone for good$"
+    ):
+        Corpus(remote)
+    assert len(asked) == 5
+    assert pauses == [1, 2, 4, 8]
+    pauses.clear()
+    with pytest.raises(
+        CorpusError, match=rf"^cannot read {remote}: train-\d+\.bin: ConnectionResetError: gone for good$"
+    ):
+        batches[0]
+    assert pauses == [1, 2, 4, 8]
+
+
+def test_a_remote_without_ranges(remote, monkeypatch, pauses):
+    batches = Batches(Corpus(remote), batch_size=4, n_ctx=17)
+    failing(monkeypatch, [bytes(422)] * 100)
+    with pytest.raises(CorpusError, match=r"train-\d+\.bin: 422 bytes came where \d+ were asked for$"):
+        batches[0]
+
+
+def test_a_remote_that_forbids_is_not_asked_again(remote, monkeypatch, pauses):
+    batches = Batches(Corpus(remote), batch_size=4, n_ctx=17)
+    failing(monkeypatch, [PermissionError("no")] * 100)
+    with pytest.raises(CorpusError, match=rf"^cannot read {remote}/manifest\.json: PermissionError: no$"):
+        Corpus(remote)
+    with pytest.raises(CorpusError, match=rf"^cannot read {remote}: train-\d+\.bin: PermissionError: no$"):
+        batches[0]
+    assert not pauses
+
+
+class Server(http.server.ThreadingHTTPServer):
+    request_queue_size = 128  # as many as fsspec asks at once; what finds no place waits for seconds
+
+
+class Ranges(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder, and ranges of its files, which Python's own server does not."""
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        path = Path(self.translate_path(self.path))
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if not wanted or not path.is_file():
+            return super().do_GET()
+        content = path.read_bytes()[int(wanted[1]) : int(wanted[2]) + 1]
+        self.send_response(206)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+
+def test_http(copy, folder, pauses):
+    pytest.importorskip("aiohttp", reason="fsspec reads http:// with aiohttp, which is not installed")
+    with Server(("127.0.0.1", 0), functools.partial(Ranges, directory=copy.parent)) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            address = f"http://127.0.0.1:{server.server_port}/corpus"
+            assert_same(Corpus(address), Corpus(folder))
+            (copy / "train-00001.bin").unlink()
+            with pytest.raises(CorpusError, match=rf"the shard {address}/train-00001\.bin is missing"):
+                Corpus(address)
+            with pytest.raises(CorpusError, match=rf"there is no corpus in {address}/nothing"):
+                Corpus(f"{address}/nothing")
+        finally:
+            server.shutdown()
+            thread.join()
+    with pytest.raises(CorpusError, match=rf"^cannot read {address}/manifest\.json: ClientConnector"):
+        Corpus(address)
+    assert pauses == [1, 2, 4, 8]
 
 
 def test_bad_batches(folder):

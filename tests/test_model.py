@@ -13,10 +13,11 @@ from literal import distinctive, gpt2
 from literal import nll as literal_nll
 
 from gpt2lib.checkpoint import load_openai
-from gpt2lib.config import SIZES, ConfigError, ModelConfig
-from gpt2lib.device import compiled
-from gpt2lib.model import GPT2, INITS, initial_values, nll
-from gpt2lib.train import TrainStep
+from gpt2lib.config import SIZES, ConfigError, ModelConfig, TrainConfig
+from gpt2lib.device import compiled, places
+from gpt2lib.model import GPT2, INITS, dropout, initial_values, nll
+from gpt2lib.seed import FixedSeed
+from gpt2lib.step import make_step
 
 NO_DROPOUT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
 # B 2, L 3, N 5, H 7, T 11, n_ctx 13, D 35, V 101: pairwise different, so a swapped axis cannot pass.
@@ -96,11 +97,10 @@ def test_every_gradient_is_openais(openai):
     rate = 2.0**30
     optimizer = keras.optimizers.SGD(rate)
     optimizer.build(model.trainable_variables)
-    step = TrainStep(model, optimizer)
-    measures = step(recorded["tokens"])
-    step.sync()
+    step = make_step(model, optimizer, model.trainable_variables, TrainConfig(corpus="", run_dir=""), places())
+    measures = step(recorded["tokens"], 0)
     assert abs(float(measures["loss"]) - recorded["loss"]) < 1e-5 * recorded["loss"]
-    after, expected = parameters(model), {}
+    after, expected = step.arrays(), {}
     for path, before in values.items():
         expected[path] = recorded["grad/" + path].reshape(before.shape)
         gradient = (before.astype(np.float64) - after[path]) / rate
@@ -260,8 +260,8 @@ def test_dropout_is_for_training_only():
     model = GPT2(config.replace(attn_pdrop=0.0, resid_pdrop=0.0), init=distinctive, seed=3)  # masks are slow to compile
     optimizer = keras.optimizers.SGD(0.0)
     optimizer.build(model.trainable_variables)
-    step = TrainStep(model, optimizer)
-    losses = [float(step(TOKENS)["loss"]) for _ in range(3)]
+    step = make_step(model, optimizer, model.trainable_variables, TrainConfig(corpus="", run_dir=""), places())
+    losses = [float(step(TOKENS, i)["loss"]) for i in range(3)]
     assert len(set(losses)) == 3, "every step draws new masks"
     without = np.mean([literal_nll(logits[:-1], row[1:]) for logits, row in zip(expected, TOKENS, strict=True)])
     assert abs(losses[0] - without) > 1e-3
@@ -274,9 +274,14 @@ def test_dropout_of_rate_zero_does_nothing(model, full):
 
 def test_the_seed_decides_the_masks():
     config = SIZES["test"].replace(n_layer=1, embd_pdrop=0.5)
-    one, same, other = (array(GPT2(config, seed=s).dropout(ops.ones((4, 5)), 0.5, True)) for s in (1, 1, 2))
+    one, same, other = (array(GPT2(config, init=distinctive, seed=s)(TOKENS[:, :5], training=True)) for s in (1, 1, 2))
     np.testing.assert_array_equal(one, same)
     assert np.abs(one - other).max() > 0.01
+    seeds = [FixedSeed(1, 2), FixedSeed(1, 2), FixedSeed(1, 3), FixedSeed(2, 2), FixedSeed(1, 2).child(1)]
+    masks = [array(dropout(ops.ones((4, 50)), 0.5, seed)) for seed in seeds]
+    np.testing.assert_array_equal(masks[0], masks[1])
+    assert len({mask.tobytes() for mask in masks}) == 4
+    assert set(np.unique(masks[0])) == {0.0, 2.0}
 
 
 # --- bfloat16 ---------------------------------------------------------------------------------------------------------

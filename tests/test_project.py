@@ -19,18 +19,20 @@ EXECUTED = sorted(p for p in (ROOT / "reports").rglob("*.ipynb") if p.suffixes =
 STUDIES = sorted({path.parent for path in (ROOT / "reports").rglob("*.yaml")})
 
 # What a module of gpt2lib may import of gpt2lib. A package's modules also import each other.
-BASE = {"config"}
+BASE = {"config", "seed"}
 CORE = BASE | {"model", "adafactor", "schedule", "tokenizer"}
 MIDDLE = CORE | {"data", "checkpoint", "sample"}
-TOP = MIDDLE | {"train", "report", "device"}
+TOP = MIDDLE | {"step", "train", "report", "device"}
 MAY_IMPORT = {
     "__init__": set(),
     "config": set(),
+    "seed": set(),
     **dict.fromkeys(("model", "adafactor", "schedule", "tokenizer"), BASE),
     **dict.fromkeys(("data", "checkpoint"), MIDDLE),
     "sample": MIDDLE | {"device"},  # compiles what it runs
     "report": set(),
-    "device": set(),
+    "device": {"config"},
+    "step": CORE,
     "study": {"config", "report"},
     "corpus": MIDDLE,
     **dict.fromkeys(("train", "evaluate", "plan"), TOP | {"corpus", "evaluate", "plan"}),

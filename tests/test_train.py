@@ -329,12 +329,13 @@ def test_the_same_corpus_elsewhere_is_the_same(finished, copied, tmp_path):
 # --- what a run must refuse -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("log_every, step", [(1, 2), (10, 3)])
-def test_a_non_finite_loss_names_its_step(corpus, tmp_path, log_every, step):
+@pytest.mark.parametrize("log_every", [1, 10])
+def test_a_non_finite_loss_names_its_step(corpus, tmp_path, log_every):
     """The first step of a warm-up has rate 0, the second breaks the parameters, the third one's loss shows it.
 
-    A run that looks at them after every step says so after the second.
+    TensorFlow looks at the parameters in the steps that it logs, JAX in all.
     """
+    step = 3 if log_every == 10 and keras.backend.backend() == "tensorflow" else 2
     config = configuration(
         corpus, tmp_path / "run", learning_rate=1e38, log_every=log_every, optimizer="adamw", validate_every=10,
         checkpoint_every=10,

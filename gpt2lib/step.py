@@ -1,0 +1,409 @@
+"""The compiled train step on both backends: gradients in parts, several devices, a state that stays what it was when a
+gradient is not finite.
+
+JAX: one pure program (`jax_step`), whose state may be replicated over the devices or sharded. TensorFlow: two
+programs, gradients and update, on one device or mirrored on several.
+"""
+
+import inspect
+import math
+
+import keras
+import numpy as np
+from keras import ops
+
+from gpt2lib.adafactor import Adafactor
+from gpt2lib.config import ConfigError, nearest
+from gpt2lib.model import nll
+from gpt2lib.schedule import Warmup, WarmupCosine
+from gpt2lib.seed import FixedSeed
+
+_OPTIMIZERS = {"adafactor": Adafactor, "adamw": keras.optimizers.AdamW}
+
+
+def make_optimizer(config):
+    """The optimizer of a run, with its schedule: `WarmupCosine`, or Adafactor's default when the rate is None."""
+    rate = config.learning_rate
+    if rate is not None:
+        if config.schedule == "cosine":
+            rate = WarmupCosine(rate, config.warmup_steps, config.max_steps)
+        else:
+            rate = Warmup(rate, config.warmup_steps)
+    make = _OPTIMIZERS[config.optimizer]
+    valid = set(inspect.signature(make.__init__).parameters)
+    valid -= {"self", "kwargs", "name", "learning_rate", "weight_decay"}
+    for option in config.optimizer_options:
+        if option not in valid:
+            raise ConfigError(f"{config.optimizer} has no option `{option}`; {nearest(option, valid)}")
+    decay = config.weight_decay
+    if config.optimizer == "adamw" and decay is None:
+        decay = 0.0  # Keras' default would decay
+    try:
+        return make(rate, name=config.optimizer, weight_decay=decay, **config.optimizer_options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{config.optimizer} does not accept {config.optimizer_options}: {error}") from error
+
+
+def trained_variables(model, freeze) -> list:
+    """The variables that a run changes: all but those whose path, such as `model/h0/attn/c_attn/w`, has a frozen part.
+
+    `freeze` holds parts of paths: `wte`, `h0`, `h1/mlp`, `ln_f`. ConfigError for one that no path has.
+    """
+
+    def within(part, path):
+        return f"/{part.strip('/')}/" in f"/{path}/"
+
+    for part in freeze:
+        if not any(within(part, v.path) for v in model.trainable_variables):
+            valid = {"wte", "wpe", "ln_f", *(block.name for block in model.blocks)}
+            raise ConfigError(f"TrainConfig.freeze: no variable has `{part}` in its path; {nearest(part, valid)}")
+    trained = [v for v in model.trainable_variables if not any(within(part, v.path) for part in freeze)]
+    if not trained:
+        raise ConfigError("TrainConfig.freeze leaves nothing to train")
+    return trained
+
+
+def cross_entropy(h, wte, labels, dtype="float32", chunk=None):
+    """Mean negative log-likelihood in nats of labels [B, T], given h [B, T, D] and the output matrix wte [V, D].
+
+    Equal to the mean of `nll(logits)`, but the gradients are made while the logits are at hand: no logits are kept for
+    later, and with `chunk` only those of about that many tokens exist at a time. Logits are float32; the two matrix
+    products of the gradient run in `dtype`.
+    """
+    b, t, d = h.shape
+    width = t if chunk is None else min(t, max(1, chunk // b))  # positions in a part
+
+    def part(h, wte, labels):  # [B, W, D], [V, D], [B, W] -> nats; their gradients [B, W, D] and [V, D]
+        logits = ops.log_softmax(ops.matmul(h, ops.transpose(wte)))  # [B, W, V]
+        nats = -ops.sum(ops.take_along_axis(logits, labels[..., None], axis=-1))
+        slope = ops.cast(ops.exp(logits) - ops.one_hot(labels, wte.shape[0], dtype="float32"), dtype)
+        rows = ops.reshape(slope, (-1, wte.shape[0]))  # [B * W, V]
+        dwte = ops.matmul(ops.transpose(rows), ops.cast(ops.reshape(h, (-1, d)), dtype))
+        return nats, ops.cast(ops.matmul(slope, ops.cast(wte, dtype)), "float32"), ops.cast(dwte, "float32")
+
+    @ops.custom_gradient
+    def mean(h, wte):
+        if width == t:
+            nats, dh, dwte = part(h, wte, labels)
+        else:
+
+            def body(i, state):
+                nats, dh, dwte = state
+                rows = ops.slice(h, (0, i * width, 0), (b, width, d))
+                more, dh_part, dwte_part = part(rows, wte, ops.slice(labels, (0, i * width), (b, width)))
+                return nats + more, ops.slice_update(dh, (0, i * width, 0), dh_part), dwte + dwte_part
+
+            zeros = (ops.zeros((), "float32"), ops.zeros((b, t, d), "float32"), ops.zeros(wte.shape, "float32"))
+            nats, dh, dwte = ops.fori_loop(0, t // width, body, zeros)
+            if rest := t % width:
+                more, dh_part, dwte_part = part(h[:, -rest:], wte, labels[:, -rest:])
+                nats, dwte = nats + more, dwte + dwte_part
+                dh = ops.concatenate([dh[:, :-rest], dh_part], axis=1)
+
+        def gradient(*args, upstream=None):
+            scale = (args[0] if upstream is None else upstream) / (b * t)
+            return scale * dh, scale * dwte
+
+        return nats / (b * t), gradient
+
+    return mean(h, ops.cast(wte, "float32"))
+
+
+def loss_of(model, tokens, seed, chunk):
+    """Mean nats per token of tokens [B, T + 1], with the dropout of a seed, for the gradient."""
+    h, _ = model.hidden(tokens[:, :-1], training=True, seed=seed)
+    return cross_entropy(h, ops.convert_to_tensor(model.wte), tokens[:, 1:], model.compute_dtype, chunk)
+
+
+def _sum_of_squares(arrays):
+    return sum(ops.sum(ops.square(ops.cast(a, "float32"))) for a in arrays)
+
+
+def _sizes(before, after):
+    """RMS of the update and of the parameters, over all entries."""
+    n = sum(math.prod(a.shape) for a in after)
+    moved = [ops.cast(new, "float32") - ops.cast(old, "float32") for new, old in zip(after, before, strict=True)]
+    return {
+        "update_rms": ops.sqrt(_sum_of_squares(moved) / n),
+        "parameter_rms": ops.sqrt(_sum_of_squares(after) / n),
+    }
+
+
+def _clipped(gradients, norm, clip_norm):
+    """Gradients scaled so that their global norm is at most `clip_norm`."""
+    if clip_norm is None:
+        return gradients
+    scale = clip_norm / ops.maximum(norm, clip_norm)
+    return [g * ops.cast(scale, g.dtype) for g in gradients]
+
+
+def make_step(model, optimizer, trained, config, places):
+    """The compiled step of the backend in use: `JaxStep` or `TensorFlowStep`, at the places of `device.places`."""
+    step = JaxStep if keras.backend.backend() == "jax" else TensorFlowStep
+    return step(model, optimizer, trained, config, places)
+
+
+# --- JAX --------------------------------------------------------------------------------------------------------------
+
+
+def jax_layout(mesh, shape, sharded: bool):
+    """The `NamedSharding` of an array over the devices of a mesh with the one axis `data`.
+
+    Sharded: a matrix is cut along its largest axis that the devices divide (ZeRO stage 3, Rajbhandari et al. 2020,
+    arXiv:1910.02054; FSDP), and so are its slots; vectors, and what cannot be cut evenly, are replicated.
+    """
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    axes = [a for a in range(len(shape)) if shape[a] % mesh.size == 0] if sharded and len(shape) >= 2 else []
+    if not axes:
+        return NamedSharding(mesh, PartitionSpec())
+    cut = max(axes, key=lambda a: shape[a])
+    return NamedSharding(mesh, PartitionSpec(*["data" if a == cut else None for a in range(len(shape))]))
+
+
+def jax_step(model, optimizer, trained, config, mesh):
+    """The train step of a run as a pure function of arrays, to be compiled with `jax_layout`s over `mesh`.
+
+    `step(state, frozen, tokens [B, T + 1], index) -> (state, measures)`. The state is {"trained": values of `trained`,
+    "slots": those of the optimizer's variables, "failed": -1 or the first step whose gradient was not finite, from
+    which on nothing changes}; `frozen` are the values of the other parameters.
+    """
+    import jax
+    from jax import lax, numpy
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    held = [v for v in model.trainable_variables if not any(v is t for t in trained)]
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    devices = keras.distribution.DeviceMesh((mesh.size,), ["data"], mesh.devices)
+    layouts = keras.distribution.LayoutMap(devices)
+    for outputs in ("ln_.", "c_attn", "c_fc", "c_proj", "mlp"):  # the batch stays on its devices, parameters come to it
+        layouts[f"{outputs}/output"] = keras.distribution.TensorLayout(("data", None, None), devices)
+    distribution = keras.distribution.ModelParallel(layout_map=layouts, batch_dim_name="data", auto_shard_dataset=False)
+
+    def loss(values, frozen, tokens, count):
+        mapping = [*zip(trained, values, strict=True), *zip(held, frozen, strict=True)]
+        mapping = [(v, lax.with_sharding_constraint(x, everywhere) if v is model.wte else x) for v, x in mapping]
+        with distribution.scope(), keras.StatelessScope(state_mapping=mapping):
+            return loss_of(model, tokens, FixedSeed(config.seed, count), config.loss_chunk)
+
+    def settle(arrays):  # gradients lie where their parameters lie
+        return [lax.with_sharding_constraint(g, jax_layout(mesh, g.shape, config.sharded)) for g in arrays]
+
+    def gradients_of(values, frozen, tokens, index):
+        n = config.accumulate
+        if n == 1:
+            total, gradients = jax.value_and_grad(loss)(values, frozen, tokens, index)
+            return total, settle(gradients)
+        parts = tokens.reshape(n, -1, tokens.shape[1])
+        parts = lax.with_sharding_constraint(parts, NamedSharding(mesh, PartitionSpec(None, "data")))
+
+        def body(carry, part):
+            i, total, sums = carry
+            value, gradients = jax.value_and_grad(loss)(values, frozen, part, index * n + i)
+            sums = [a + g.astype(a.dtype) for a, g in zip(sums, settle(gradients), strict=True)]
+            return (i + 1, total + value, sums), None
+
+        zeros = settle([numpy.zeros(v.shape, "float32") for v in values])
+        (_, total, sums), _ = lax.scan(body, (numpy.int32(0), numpy.float32(0), zeros), parts)
+        return total / n, [a / n for a in sums]
+
+    def step(state, frozen, tokens, index):
+        values, slots, failed = state["trained"], state["slots"], state["failed"]
+        total, gradients = gradients_of(values, frozen, tokens, index)
+        norm = ops.sqrt(_sum_of_squares(gradients))
+        gradients = [
+            g.astype(v.dtype) for g, v in zip(_clipped(gradients, norm, config.clip_norm), values, strict=True)
+        ]
+        new_values, new_slots = optimizer.stateless_apply(slots, gradients, values)
+        measures = {"loss": total, "gradient_norm": norm, **_sizes(values, new_values)}
+        fine = numpy.isfinite(norm) & numpy.isfinite(total) & numpy.isfinite(measures["parameter_rms"])
+        failed = numpy.where((failed < 0) & ~fine, index, failed)
+
+        def keep(new, old):
+            return [numpy.where(failed < 0, n, o) for n, o in zip(new, old, strict=True)]
+
+        state = {"trained": keep(new_values, values), "slots": keep(new_slots, slots), "failed": failed}
+        return state, {**measures, "failed": failed}
+
+    return step
+
+
+class JaxStep:
+    """`step(tokens of this host [B / hosts, T + 1], index) -> measures`; the state lives on the devices, not in Keras.
+
+    The variables of the model and the optimizer keep their first values, or none: `arrays()` has the state.
+    """
+
+    def __init__(self, model, optimizer, trained, config, devices):
+        import jax
+        from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+        self.model, self.optimizer, self.trained, self.slots = model, optimizer, trained, optimizer.variables
+        self.held = [v for v in model.trainable_variables if not any(v is t for t in trained)]
+        mesh = Mesh(np.array(devices), ("data",))
+        self.rows, self.everywhere = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+
+        def layouts(variables):
+            return [jax_layout(mesh, tuple(v.shape), config.sharded) for v in variables]
+
+        self.layouts = {"trained": layouts(trained), "slots": layouts(self.slots), "failed": self.everywhere}
+        frozen_layouts = layouts(self.held)
+        self.frozen = [self._put(v.value, where) for v, where in zip(self.held, frozen_layouts, strict=True)]
+        self.assign({v.path: v.value for v in (*trained, *self.slots)})
+        self.step = jax.jit(
+            jax_step(model, optimizer, trained, config, mesh),
+            in_shardings=(self.layouts, frozen_layouts, self.rows, self.everywhere),
+            out_shardings=(self.layouts, self.everywhere),
+            donate_argnums=0,
+        )
+
+        def losses(values, frozen, windows):
+            mapping = [*zip(trained, values, strict=True), *zip(self.held, frozen, strict=True)]
+            with keras.StatelessScope(state_mapping=mapping):
+                return nll(model(windows[:, :-1]), windows[:, 1:])
+
+        self._losses = jax.jit(
+            losses,
+            in_shardings=(self.layouts["trained"], frozen_layouts, self.rows),
+            out_shardings=self.everywhere,
+        )
+
+    @staticmethod
+    def _put(value, layout):
+        """An array over the devices from one that every host has."""
+        import jax
+
+        value = np.asarray(value)
+        return jax.make_array_from_callback(value.shape, layout, lambda index: value[index])
+
+    def learning_rate(self, index) -> float:
+        """The rate of step `index`, from 0."""
+        return float(self.optimizer._learning_rate(index))
+
+    def __call__(self, tokens, index, measure_sizes=True):
+        import jax
+
+        tokens = jax.make_array_from_process_local_data(self.rows, np.asarray(tokens, np.int32))
+        self.state, measures = self.step(self.state, self.frozen, tokens, np.int32(index))
+        return measures
+
+    def losses(self, windows):
+        """Nats [W, T] of windows [W, T + 1], which every host has; without dropout."""
+        return np.asarray(self._losses(self.state["trained"], self.frozen, self._put(windows, self.rows)))
+
+    def arrays(self) -> dict:
+        """The whole state by the paths of its variables, as NumPy arrays on every host."""
+        from jax.experimental import multihost_utils
+
+        def whole(x):
+            if x.is_fully_addressable or x.is_fully_replicated:
+                return np.asarray(x.addressable_data(0) if x.is_fully_replicated else x)
+            return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+        variables = [*self.trained, *self.slots, *self.held]
+        values = [*self.state["trained"], *self.state["slots"], *self.frozen]
+        return {v.path: whole(x) for v, x in zip(variables, values, strict=True)}
+
+    def assign(self, arrays: dict):
+        """Set the state from arrays by path."""
+
+        def placed(variables, layouts):
+            return [self._put(arrays[v.path], where) for v, where in zip(variables, layouts, strict=True)]
+
+        self.state = {
+            "trained": placed(self.trained, self.layouts["trained"]),
+            "slots": placed(self.slots, self.layouts["slots"]),
+            "failed": self._put(np.int32(-1), self.everywhere),
+        }
+
+
+# --- TensorFlow -------------------------------------------------------------------------------------------------------
+
+
+class TensorFlowStep:
+    """`step(tokens [B, T + 1], index, measure_sizes) -> measures`, on the devices of a `tf.distribute` strategy.
+
+    Gradients are summed over the parts of a batch on each device and then over the devices; the optimizer sees one
+    gradient. A gradient that is not finite is not applied.
+    """
+
+    def __init__(self, model, optimizer, trained, config, strategy):
+        import tensorflow as tf
+
+        self.model, self.optimizer, self.trained, self.strategy = model, optimizer, trained, strategy
+        replicas, n = strategy.num_replicas_in_sync, config.accumulate
+        parameters = [v.value for v in trained]
+
+        def part(tokens, count):
+            with tf.GradientTape() as tape:
+                loss = loss_of(model, tokens, FixedSeed(config.seed, count), config.loss_chunk)
+            return loss, tape.gradient(loss, parameters)
+
+        def local(tokens, index):
+            context = tf.distribute.get_replica_context()
+            first = (index * replicas + context.replica_id_in_sync_group) * n
+            if n == 1:
+                total, gradients = part(tokens, first)
+            else:
+                parts = tf.reshape(tokens, (n, -1, tokens.shape[1]))
+
+                def body(i, total, sums):
+                    loss, gradients = part(parts[i], first + i)
+                    return i + 1, total + loss, [a + tf.cast(g, a.dtype) for a, g in zip(sums, gradients, strict=True)]
+
+                zeros = [tf.zeros(v.shape, "float32") for v in trained]
+                _, total, sums = tf.while_loop(lambda i, *_: i < n, body, (0, tf.zeros(()), zeros))
+                total, gradients = total / n, [a / n for a in sums]
+            if replicas > 1:
+                total, *gradients = context.all_reduce(tf.distribute.ReduceOp.MEAN, [total, *gradients])
+            norm = ops.sqrt(_sum_of_squares(gradients))
+            return {"loss": total, "gradient_norm": norm}, _clipped(gradients, norm, config.clip_norm)
+
+        def gradients_of(tokens, index):
+            rows = tokens.shape[0] // replicas
+            tokens = strategy.experimental_distribute_values_from_function(
+                lambda context: tokens[context.replica_id_in_sync_group * rows :][:rows]
+            )
+            return strategy.run(local, args=(tokens, index))
+
+        # XLA makes one pass over the parameters of AdamW's ten; Adafactor's means gain nothing by it.
+        fused = replicas == 1 and config.optimizer == "adamw"
+        self._gradients = tf.function(gradients_of, autograph=False)
+        self._apply = tf.function(lambda g: optimizer.apply(g, trained), autograph=False, jit_compile=fused)
+        self._losses = tf.function(lambda w: nll(model(w[:, :-1]), w[:, 1:]), autograph=False)
+
+    def learning_rate(self, index) -> float:
+        """The rate of step `index`, from 0."""
+        return float(self.optimizer._learning_rate(index))
+
+    def __call__(self, tokens, index, measure_sizes=True):
+        import tensorflow as tf
+
+        measures, gradients = self._gradients(tf.constant(tokens, "int32"), tf.constant(index, "int32"))
+        first = self.strategy.experimental_local_results
+        measures = {name: float(first(value)[0]) for name, value in measures.items()}
+        if not all(map(math.isfinite, measures.values())):
+            return {**measures, "failed": index}
+        before = [tf.identity(v.value) for v in self.trained] if measure_sizes else None
+        self._apply(gradients)
+        if measure_sizes:
+            measures |= {name: float(value) for name, value in _sizes(before, self.trained).items()}
+            if not math.isfinite(measures["parameter_rms"]):
+                for v, value in zip(self.trained, before, strict=True):
+                    v.assign(value)
+                return {**measures, "failed": index}
+        return {**measures, "failed": -1}
+
+    def losses(self, windows):
+        """Nats [W, T] of windows [W, T + 1], without dropout."""
+        return np.asarray(self._losses(ops.convert_to_tensor(windows, "int32")))
+
+    def arrays(self) -> dict:
+        """The whole state by the paths of its variables, as NumPy arrays."""
+        variables = [*self.model.trainable_variables, *self.optimizer.variables]
+        return {v.path: np.asarray(v.value) for v in variables}
+
+    def assign(self, arrays: dict):
+        """Set the state from arrays by path."""
+        for v in (*self.trained, *self.optimizer.variables):
+            v.assign(arrays[v.path])
