@@ -29,7 +29,8 @@ def round_stochastically(x, seed):
     """
     noise = keras.random.randint(ops.shape(x), 0, 2**16, dtype="int32", seed=seed)
     bits = ops.bitwise_and(ops.view(x, "int32") + noise, -(2**16))
-    return ops.cast(ops.view(bits, "float32"), "bfloat16")
+    rounded = ops.where(ops.isnan(x), x, ops.view(bits, "float32"))  # the noise could make a number of what is none
+    return ops.cast(rounded, "bfloat16")
 
 
 @keras.saving.register_keras_serializable("gpt2lib")

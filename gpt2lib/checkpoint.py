@@ -39,7 +39,8 @@ def save(folder, step: int, arrays: dict, info: dict, keep: int = 2) -> Path:
     folder = Path(folder)
     final, part = folder / f"step-{step:08d}", folder / f".step-{step:08d}.part"
     try:
-        shutil.rmtree(part, ignore_errors=True)
+        for left in folder.glob(".step-*.part"):  # of a process that was killed while it wrote
+            shutil.rmtree(left, ignore_errors=True)
         part.mkdir(parents=True)
         save_file({name: np.asarray(array, order="C") for name, array in arrays.items()}, part / "state.safetensors")
         document = {**info, "step": step, "sha256": _sha256(part / "state.safetensors")}
@@ -102,6 +103,16 @@ def check(expected: dict, arrays: dict, where: str) -> None:
             )
 
 
+def expect(arrays: dict, path: str, shape, where):
+    """The array of a variable; CheckpointError if it is not there or of another shape."""
+    if path not in arrays or tuple(arrays[path].shape) != tuple(shape):
+        raise CheckpointError(
+            f"the checkpoint of {where} lacks `{path}` of shape {list(shape)}; "
+            "it was edited, or written under another configuration"
+        )
+    return arrays[path]
+
+
 def load(run_dir, dtype: str | None = None):
     """(model, info) of the newest intact checkpoint of a training run.
 
@@ -116,7 +127,7 @@ def load(run_dir, dtype: str | None = None):
         raise CheckpointError(f"{run_dir} holds no checkpoint; run the training notebook with this run_dir first")
     arrays, info = found
     config = ModelConfig.from_dict(info["model"])
-    model = GPT2(config, init=lambda path, shape: _expect(arrays, path, shape, run_dir), dtype=dtype or info["dtype"])
+    model = GPT2(config, init=lambda path, shape: expect(arrays, path, shape, run_dir), dtype=dtype or info["dtype"])
     return model, info
 
 
@@ -311,12 +322,6 @@ def _tensorflow(purpose):
     except ImportError as error:
         raise CheckpointError(f"TensorFlow is needed to {purpose}; run: pip install tensorflow") from error
     return tensorflow
-
-
-def _expect(arrays, path, shape, where):
-    if path not in arrays or tuple(arrays[path].shape) != tuple(shape):
-        raise CheckpointError(f"the checkpoint of {where} lacks `{path}` of shape {list(shape)}; was it edited?")
-    return arrays[path]
 
 
 def write_json(path, document) -> None:

@@ -35,6 +35,7 @@ SPLITS = ("train", "validation")
 SHARD_TOKENS = 2**25  # 64 MiB
 VALIDATION_FRACTION = 0.05  # of the documents
 _DTYPE = np.dtype("<u2")
+_ADVISE = hasattr(mmap, "MADV_RANDOM") and hasattr(mmap, "MADV_WILLNEED")  # not on Windows
 _SCAN_TOKENS = 2**22  # held in memory when a shard is read through
 _BACK_OFF = (1, 2, 4, 8)  # seconds before each new attempt at a remote read
 _FINAL = (FileNotFoundError, PermissionError, NotADirectoryError, NotImplementedError)  # another attempt is no use
@@ -244,13 +245,17 @@ class _Disk:
                     shard = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             except OSError as error:
                 raise CorpusError(f"cannot read {self.path(name)}: {error.strerror or error}") from error
-            if hasattr(mmap, "MADV_RANDOM"):  # else a window brings megabytes around it into memory
+            if _ADVISE:  # else a window may bring megabytes around it into memory
                 shard.madvise(mmap.MADV_RANDOM)
-            self._maps[name] = np.frombuffer(shard, _DTYPE)
+            self._maps[name] = shard, np.frombuffer(shard, _DTYPE)
 
     def ranges(self, pieces: list[tuple[str, int, int]]) -> list[np.ndarray]:
         """The tokens [start, stop) of opened shards, for each (name, start, stop)."""
-        return [self._maps[name][start:stop] for name, start, stop in pieces]
+        if _ADVISE:  # the disk fetches all at once, and not each when its turn comes
+            for name, start, stop in pieces:
+                page = start * _DTYPE.itemsize // mmap.PAGESIZE * mmap.PAGESIZE
+                self._maps[name][0].madvise(mmap.MADV_WILLNEED, page, stop * _DTYPE.itemsize - page)
+        return [self._maps[name][1][start:stop] for name, start, stop in pieces]
 
     def sha256(self, name: str, n_tokens: int) -> str:
         with self.path(name).open("rb") as file:

@@ -1,7 +1,9 @@
 """Which accelerator is there, quiet start-up, and compiling a function for the backend in use."""
 
 import contextlib
+import functools
 import importlib.util
+import json
 import os
 import platform
 
@@ -18,13 +20,13 @@ def setup(distributed: bool = False) -> str:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     backend = os.environ.get("KERAS_BACKEND", "tensorflow")
     if importlib.util.find_spec(backend) is None:
-        raise RuntimeError(f"the backend {backend} is not installed; run: pip install {backend}, or set KERAS_BACKEND")
+        raise ConfigError(f"the backend {backend} is not installed; run: pip install {backend}, or set KERAS_BACKEND")
     with _silent_stderr():
         import keras
 
         if distributed:
             if keras.backend.backend() != "jax":
-                raise RuntimeError("several hosts need the JAX backend; set KERAS_BACKEND=jax")
+                raise ConfigError("several hosts need the JAX backend; set KERAS_BACKEND=jax")
             keras.distribution.initialize()
         keras.random.uniform((1,), seed=0)  # the first operation starts the devices, with messages of its own
     return describe()
@@ -107,7 +109,15 @@ def places(n: int | None = None, sharded: bool = False):
         raise ConfigError("TrainConfig.sharded needs the JAX backend; set KERAS_BACKEND=jax")
     found = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
     chosen = _first(found, n)
-    return tf.distribute.MirroredStrategy([d.name for d in chosen]) if len(chosen) > 1 else tf.distribute.get_strategy()
+    return _mirrored(tuple(d.name for d in chosen)) if len(chosen) > 1 else tf.distribute.get_strategy()
+
+
+@functools.cache
+def _mirrored(devices):
+    """One for all runs of a process: the reductions of two strategies would be taken for each other's."""
+    import tensorflow as tf
+
+    return tf.distribute.MirroredStrategy(list(devices))
 
 
 def _first(found, n):
@@ -144,6 +154,17 @@ def from_first_host(array):
     from jax.experimental import multihost_utils
 
     return multihost_utils.broadcast_one_to_all(array)
+
+
+def json_from_first_host(value):
+    """The same for a value that JSON can hold."""
+    if hosts()[1] == 1:
+        return value
+    import numpy as np
+
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = int(from_first_host(np.array(len(text), np.int32)))
+    return json.loads(bytes(np.asarray(from_first_host(np.resize(text, size)))))
 
 
 def any_host(flag: bool) -> bool:

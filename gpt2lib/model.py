@@ -114,14 +114,14 @@ class Attention(_Layer):
         b, n, t, h = ops.shape(x)
         return ops.reshape(ops.transpose(x, (0, 2, 1, 3)), (b, t, n * h))
 
-    def call(self, x, past=None, position=0, visible=None, seed=None):
+    def call(self, x, past=None, position=0, hidden=None, seed=None):
         q, k, v = (self.split_heads(part) for part in ops.split(self.c_attn(x), 3, axis=-1))  # 3 x [B, N, T, H]
         if past is not None:  # write the T new keys and values behind the `position` old ones: [B, N, S, H]
             k = ops.slice_update(past[0], (0, 0, position, 0), ops.cast(k, past[0].dtype))
             v = ops.slice_update(past[1], (0, 0, position, 0), ops.cast(v, past[1].dtype))
+        q = q / math.sqrt(self.config.n_embd // self.config.n_head)
         scores = ops.matmul(q, ops.swapaxes(k, -1, -2))  # [B, N, T, H] @ [B, N, H, S] -> [B, N, T, S]
-        scores = ops.cast(scores, "float32") / math.sqrt(self.config.n_embd // self.config.n_head)
-        scores = ops.where(visible, scores, -1e10)
+        scores = ops.cast(scores, "float32") + ops.cast(hidden, "float32")  # Keras casts what a layer is given
         weights = ops.softmax(scores) if scores.shape[-1] != 1 else ops.ones_like(scores)  # Keras warns of a lone 1
         weights = ops.cast(weights, self.compute_dtype)
         weights = dropout(weights, self.config.attn_pdrop, seed and seed.child(1))
@@ -140,7 +140,7 @@ class MLP(_Layer):
         self.c_proj.build((*shape[:-1], 4 * d))
 
     def call(self, x, seed=None):
-        h = ops.gelu(self.c_fc(x), approximate=True)
+        h = gelu(self.c_fc(x))
         return dropout(self.c_proj(h), self.config.resid_pdrop, seed and seed.child(3))
 
 
@@ -153,8 +153,8 @@ class Block(_Layer):
         for layer in (self.ln_1, self.attn, self.ln_2, self.mlp):
             layer.build(shape)
 
-    def call(self, x, past=None, position=0, visible=None, seed=None):
-        a, present = self.attn(self.ln_1(x), past=past, position=position, visible=visible, seed=seed)
+    def call(self, x, past=None, position=0, hidden=None, seed=None):
+        a, present = self.attn(self.ln_1(x), past=past, position=position, hidden=hidden, seed=seed)
         x = x + a
         x = x + self.mlp(self.ln_2(x), seed=seed)
         return x, present
@@ -218,11 +218,12 @@ class GPT2(keras.Model):
             where = ops.clip(where - start[:, None], 0, self.config.n_ctx - 1)  # [B, T]
         if training and seed is None:
             seed = FixedSeed(*ops.unstack(self.dropout_seed.next()))
+        hidden = ops.where(visible, 0.0, -1e10)  # added to scores
         x = look_up(self.wte, tokens) + look_up(self.wpe, where)
         x = dropout(ops.cast(x, self.compute_dtype), self.config.embd_pdrop, seed)  # [B, T, D]
         present = []
         for i, block in enumerate(self.blocks):
-            options = dict(visible=visible, seed=seed and seed.child(4 * i + 4))
+            options = dict(hidden=hidden, seed=seed and seed.child(4 * i + 4))
             if training and self.remat:
                 x = keras.remat(lambda x, block=block, options=options: block(x, **options)[0])(x)
             else:
@@ -249,6 +250,32 @@ class GPT2(keras.Model):
         """
         h, present = self.hidden(tokens, past, position, start, training, seed)
         return self.logits(h) if past is None else (self.logits(h), present)
+
+
+def gelu(x):
+    """OpenAI's GELU: x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2, here x sigmoid(2 sqrt(2 / pi) (...)).
+
+    In float32 inside; of all that, only x is kept for the gradient.
+    """
+    a, b = 2 * math.sqrt(2 / math.pi), 2 * math.sqrt(2 / math.pi) * 0.044715
+
+    def parts(x):
+        x = ops.cast(x, "float32")
+        square = x * x
+        return x, square, ops.sigmoid(x * (a + b * square))
+
+    @ops.custom_gradient
+    def function(x):
+        def gradient(*args, upstream=None):
+            upstream = args[0] if upstream is None else upstream
+            z, square, s = parts(x)
+            slope = s * (1 + z * (1 - s) * (a + 3 * b * square))
+            return ops.cast(ops.cast(upstream, "float32") * slope, x.dtype)
+
+        z, _, s = parts(x)
+        return ops.cast(z * s, x.dtype), gradient
+
+    return function(x)
 
 
 def look_up(table, rows):

@@ -63,23 +63,32 @@ def trained_variables(model, freeze) -> list:
     return trained
 
 
+def _product(a, b):
+    """A matrix product, float32 whatever a and b are: JAX adds up in float32, TensorFlow rounds the sum to their type."""
+    if keras.backend.backend() == "jax":
+        from jax import numpy
+
+        return numpy.matmul(a, b, preferred_element_type="float32")
+    return ops.cast(ops.matmul(a, b), "float32")
+
+
 def cross_entropy(h, wte, labels, dtype="float32", chunk=None):
     """Mean negative log-likelihood in nats of labels [B, T], given h [B, T, D] and the output matrix wte [V, D].
 
     Equal to the mean of `nll(logits)`, but the gradients are made while the logits are at hand: no logits are kept for
-    later, and with `chunk` only those of about that many tokens exist at a time. Logits are float32; the two matrix
-    products of the gradient run in `dtype`.
+    later, and with `chunk` only those of about that many tokens exist at a time. The three matrix products run in
+    `dtype`; the softmax is float32.
     """
     b, t, d = h.shape
     width = t if chunk is None else min(t, max(1, chunk // b))  # positions in a part
 
     def part(h, wte, labels):  # [B, W, D], [V, D], [B, W] -> nats; their gradients [B, W, D] and [V, D]
-        logits = ops.log_softmax(ops.matmul(h, ops.transpose(wte)))  # [B, W, V]
+        low, h = ops.cast(wte, dtype), ops.cast(h, dtype)
+        logits = ops.log_softmax(_product(h, ops.transpose(low)))  # [B, W, V]
         nats = -ops.sum(ops.take_along_axis(logits, labels[..., None], axis=-1))
         slope = ops.cast(ops.exp(logits) - ops.one_hot(labels, wte.shape[0], dtype="float32"), dtype)
         rows = ops.reshape(slope, (-1, wte.shape[0]))  # [B * W, V]
-        dwte = ops.matmul(ops.transpose(rows), ops.cast(ops.reshape(h, (-1, d)), dtype))
-        return nats, ops.cast(ops.matmul(slope, ops.cast(wte, dtype)), "float32"), ops.cast(dwte, "float32")
+        return nats, _product(slope, low), _product(ops.transpose(rows), ops.reshape(h, (-1, d)))
 
     @ops.custom_gradient
     def mean(h, wte):
@@ -113,6 +122,25 @@ def loss_of(model, tokens, seed, chunk):
     """Mean nats per token of tokens [B, T + 1], with the dropout of a seed, for the gradient."""
     h, _ = model.hidden(tokens[:, :-1], training=True, seed=seed)
     return cross_entropy(h, ops.convert_to_tensor(model.wte), tokens[:, 1:], model.compute_dtype, chunk)
+
+
+def losses_of(model, windows, chunk):
+    """Nats [W, T] of windows [W, T + 1], without dropout; with `chunk` the logits of about so many tokens at a time."""
+    (h, _), labels = model.hidden(windows[:, :-1]), windows[:, 1:]
+    b, t, d = h.shape
+    width = t if chunk is None else min(t, max(1, chunk // b))  # positions in a part
+    if width == t:
+        return nll(model.logits(h), labels)
+
+    def body(i, nats):
+        rows = ops.slice(h, (0, i * width, 0), (b, width, d))
+        part = nll(model.logits(rows), ops.slice(labels, (0, i * width), (b, width)))
+        return ops.slice_update(nats, (0, i * width), part)
+
+    nats = ops.fori_loop(0, t // width, body, ops.zeros((b, t), "float32"))
+    if rest := t % width:
+        nats = ops.concatenate([nats[:, :-rest], nll(model.logits(h[:, -rest:]), labels[:, -rest:])], axis=1)
+    return nats
 
 
 def _sum_of_squares(arrays):
@@ -260,7 +288,7 @@ class JaxStep:
         def losses(values, frozen, windows):
             mapping = [*zip(trained, values, strict=True), *zip(self.held, frozen, strict=True)]
             with keras.StatelessScope(state_mapping=mapping):
-                return nll(model(windows[:, :-1]), windows[:, 1:])
+                return losses_of(model, windows, config.loss_chunk)
 
         self._losses = jax.jit(
             losses,
@@ -332,12 +360,19 @@ class TensorFlowStep:
 
         self.model, self.optimizer, self.trained, self.strategy = model, optimizer, trained, strategy
         replicas, n = strategy.num_replicas_in_sync, config.accumulate
-        parameters = [v.value for v in trained]
+        # On one device, bfloat16 copies of the kernels, made when they change: cheaper than casts wherever they are used.
+        kernels = [v for v in model.trainable_variables if v.path.endswith("/w")]
+        mixed = replicas == 1 and config.dtype == "mixed_bfloat16"
+        self.low = [(v, tf.Variable(tf.cast(v.value, "bfloat16"))) for v in kernels] if mixed else []
+        low = {v.path: copy for v, copy in self.low}
+        parameters = [low.get(v.path, v.value) for v in trained]
 
         def part(tokens, count):
-            with tf.GradientTape() as tape:
+            with keras.StatelessScope() as scope, tf.GradientTape() as tape:
+                for update in self.low:
+                    scope.add_update(update)
                 loss = loss_of(model, tokens, FixedSeed(config.seed, count), config.loss_chunk)
-            return loss, tape.gradient(loss, parameters)
+                return loss, tape.gradient(loss, parameters)
 
         def local(tokens, index):
             context = tf.distribute.get_replica_context()
@@ -366,11 +401,18 @@ class TensorFlowStep:
             )
             return strategy.run(local, args=(tokens, index))
 
+        def apply(gradients):
+            if replicas == 1:
+                optimizer.apply(gradients, trained)
+            else:  # where Keras sums over the devices
+                strategy.run(lambda g: optimizer.apply([x / replicas for x in g], trained), args=(gradients,))
+            self._refresh()
+
         # XLA makes one pass over the parameters of AdamW's ten; Adafactor's means gain nothing by it.
         fused = replicas == 1 and config.optimizer == "adamw"
         self._gradients = tf.function(gradients_of, autograph=False)
-        self._apply = tf.function(lambda g: optimizer.apply(g, trained), autograph=False, jit_compile=fused)
-        self._losses = tf.function(lambda w: nll(model(w[:, :-1]), w[:, 1:]), autograph=False)
+        self._apply = tf.function(apply, autograph=False, jit_compile=fused)
+        self._losses = tf.function(lambda w: losses_of(model, w, config.loss_chunk), autograph=False)
 
     def learning_rate(self, index) -> float:
         """The rate of step `index`, from 0."""
@@ -391,6 +433,7 @@ class TensorFlowStep:
             if not math.isfinite(measures["parameter_rms"]):
                 for v, value in zip(self.trained, before, strict=True):
                     v.assign(value)
+                self._refresh()
                 return {**measures, "failed": index}
         return {**measures, "failed": -1}
 
@@ -407,3 +450,8 @@ class TensorFlowStep:
         """Set the state from arrays by path."""
         for v in (*self.trained, *self.optimizer.variables):
             v.assign(arrays[v.path])
+        self._refresh()
+
+    def _refresh(self):
+        for v, copy in self.low:
+            copy.assign(ops.cast(v.value, copy.dtype))

@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import re
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -47,6 +48,8 @@ class OwnKernel(AsyncKernelManager):
     Jupyter looks kernels up by name, in JUPYTER_PATH and often in the user's folder before its own environment, so
     that another environment's `python3` would answer, with other packages.
     """
+
+    shutdown_wait_time = 600.0  # seconds from an interrupt to its end by force: a training saves first
 
     @property
     def kernel_spec(self) -> KernelSpec:
@@ -334,4 +337,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the kernel is interrupted and may save
     sys.exit(main())

@@ -9,9 +9,12 @@ starts a run, or goes on with it: RUN is its folder, or a .yaml or .json file wi
 import argparse
 import collections
 import contextlib
+import errno
+import importlib.util
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -22,6 +25,7 @@ from pathlib import Path
 
 import keras
 import numpy as np
+import yaml
 from tqdm import tqdm
 
 from gpt2lib import checkpoint, device
@@ -31,6 +35,7 @@ from gpt2lib.evaluate.loss import total, window_losses
 from gpt2lib.model import GPT2
 from gpt2lib.report import provenance
 from gpt2lib.step import make_optimizer, make_step, trained_variables
+from gpt2lib.tokenizer import TokenizerError
 
 # A run goes on under another value of these; a change of any other would make it another run.
 _FREE = {
@@ -53,35 +58,54 @@ class Stopped(TrainingError):
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def _disk_errors(path):
+    """Turn a failed write into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(
+            f"could not write {path}: {error.strerror or error}; make it writable or free some space, and start again: "
+            "the run goes on from its last checkpoint"
+        ) from error
+
+
 class _Lines:
-    """A file of one JSON object a line; lines after the step that a run resumes from are dropped."""
+    """A file of one JSON object a line, cut after the step that a run resumes from."""
 
     def __init__(self, path, step):
-        kept = [line for line in read_metrics(path) if line["step"] <= step] if step else []
-        part = path.with_suffix(".part")
-        part.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(part, path)
-        self.file = open(path, "ab", buffering=0)  # one write a line: a kill cannot leave a part of it
+        whole = [end for line, end in _read_lines(path) if step and line["step"] <= step]
+        self.path, self.file = path, open(path, "ab", buffering=0)  # one write a line: a kill cannot leave a part of it
+        self.file.truncate(max(whole, default=0))
 
     def write(self, line: dict):
+        data = (json.dumps(line) + "\n").encode()
+        with _disk_errors(self.path):
+            if self.file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def sync(self):
+        """Bring to the disk what a checkpoint is about to make final."""
+        with _disk_errors(self.path):
+            os.fsync(self.file.fileno())
+
+
+def _read_lines(path):
+    """(line, where it ends in bytes) for each, up to the first one that is broken."""
+    end = 0
+    for text in Path(path).read_bytes().splitlines(keepends=True) if Path(path).exists() else []:
+        end += len(text)
         try:
-            self.file.write((json.dumps(line) + "\n").encode())
-        except OSError as error:
-            raise TrainingError(
-                f"could not write {self.file.name}: {error.strerror}; free some space and start again, "
-                "the run goes on from its last checkpoint"
-            ) from error
+            line = json.loads(text)
+        except ValueError:
+            return
+        if text.endswith(b"\n"):
+            yield line, end
 
 
 def read_metrics(path) -> list[dict]:
     """The lines of a `metrics.jsonl`; a last line cut off by a full disk is left out."""
-    lines = []
-    for text in Path(path).read_text().splitlines() if Path(path).exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+    return [line for line, _ in _read_lines(path)]
 
 
 def read_history(run_dir) -> dict:
@@ -93,13 +117,25 @@ def read_history(run_dir) -> dict:
     }
 
 
-def _tensorboard(run_dir, done):
-    """A writer of run_dir/tensorboard that hides what was logged after step `done`."""
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise ConfigError("TrainConfig.tensorboard needs tensorboardX; run: pip install tensorboardX") from error
-    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=done + 1)
+class _Board:
+    """TensorBoard's log of a run; what was logged after the step that it resumes from is hidden."""
+
+    def __init__(self, folder, step):
+        from tensorboardX.event_file_writer import EventsWriter  # unlike SummaryWriter's, its flush is one
+        from tensorboardX.proto import event_pb2, summary_pb2
+
+        self.folder, self.event, self.summary = folder, event_pb2.Event, summary_pb2.Summary
+        folder.mkdir(exist_ok=True)
+        self.file = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self.file.write_event(self.event(wall_time=time.time(), step=step + 1 if step else 0, session_log=start))
+
+    def write(self, line: dict):
+        value, shown = self.summary.Value, line.keys() - {"step", "tokens_seen", "seconds"}
+        summary = self.summary(value=[value(tag=name, simple_value=line[name]) for name in sorted(shown)])
+        with _disk_errors(self.folder):
+            self.file.write_event(self.event(wall_time=time.time(), step=line["step"], summary=summary))
+            self.file.flush()
 
 
 def _delete_run(run_dir) -> None:
@@ -112,77 +148,22 @@ def _delete_run(run_dir) -> None:
 # --- where a run starts -----------------------------------------------------------------------------------------------
 
 
-def model_config(config: TrainConfig, corpus: Corpus) -> ModelConfig:
-    """The model of a run. With `init_from` that checkpoint's, with the dropout rates of `config.model`.
+def _newest(config, corpus) -> tuple[dict, dict] | None:
+    """(arrays, info) of the newest intact checkpoint of this run, on every host those of the first; None without one.
 
-    ConfigError naming the field in which they differ; CorpusError if the corpus has another tokenizer.
+    ConfigError if its folder holds another run.
     """
-    if config.init_from is None:
-        shape = config.model_config(corpus.n_vocab)
-        if shape.n_vocab < corpus.n_vocab:
-            raise ConfigError(f"model.n_vocab is {shape.n_vocab}, but {config.corpus} has {corpus.n_vocab} words")
-        return shape
-    shape = checkpoint.pretrained_config(config.init_from)
-    asked = config.model_config(shape.n_vocab).to_dict() if config.size else {**shape.to_dict(), **config.model}
-    for name, value in asked.items():
-        if not name.endswith("_pdrop") and value != getattr(shape, name):
-            raise ConfigError(
-                f"{config.init_from} has {name}={getattr(shape, name)}, but this run asks for {value}; "
-                "leave out `size` and that field of `model`, or name a checkpoint of that shape"
-            )
-    tokenizer = checkpoint.tokenizer_hash(config.init_from)
-    if tokenizer is not None:
-        corpus.check_tokenizer(tokenizer, config.init_from)
-    elif shape.n_vocab != corpus.n_vocab:
-        raise ConfigError(
-            f"{config.init_from} has a vocabulary of {shape.n_vocab}, {config.corpus} one of {corpus.n_vocab}; "
-            "write the corpus with the checkpoint's tokenizer"
-        )
-    return shape.replace(**{name: value for name, value in asked.items() if name.endswith("_pdrop")})
-
-
-def _initial_values(config):
-    """What `GPT2(init=...)` takes: the name of an initialisation, or the parameters of `init_from`."""
-    if config.init_from is None:
-        return config.init
-    parameters = {v.path: v for v in checkpoint.load_pretrained(config.init_from).trainable_variables}
-    return lambda path, shape: np.asarray(parameters[path].value, np.float32)
-
-
-def _build(config, shape, places):
-    """The compiled step of a run, with a new model and optimizer, and the number of its devices."""
-    if keras.backend.backend() == "jax":
-        scope, n = device.on_host(), len(places)
-    else:
-        scope, n = places.scope(), places.num_replicas_in_sync
-    rows = config.batch_size // config.accumulate
-    if rows % n:
-        raise ConfigError(
-            f"TrainConfig.batch_size {config.batch_size} in {config.accumulate} part(s) gives {rows} sequences at a "
-            f"time, which {n} devices cannot share evenly; make it a multiple of {n * config.accumulate}, or "
-            "set devices"
-        )
-    with scope:
-        model = GPT2(shape, init=_initial_values(config), seed=config.seed, dtype=config.dtype, remat=config.remat)
-        optimizer = make_optimizer(config)
-        trained = trained_variables(model, config.freeze)
-        optimizer.build(trained)
-    return make_step(model, optimizer, trained, config, places)
-
-
-def _resume(config, corpus, step, host) -> tuple[int, float]:
-    """Restore the newest intact checkpoint into the step: (steps done, seconds trained); (0, 0.0) without one."""
-    found = checkpoint.read(Path(config.run_dir) / "checkpoints") if host == 0 else None
-    arrays, info = found or ({}, {"step": -1, "seconds": 0.0})
-    if found:
-        _check_same_run(config, corpus, info)
-    at, seconds = (int(x) for x in device.from_first_host(np.array([info["step"], info["seconds"]], np.int32)))
-    if 0 <= at < config.max_steps:
-        known = step.arrays()
-        if host == 0:
-            checkpoint.check(known, arrays, f"{config.run_dir}, step {at}")
-        step.assign({path: device.from_first_host(arrays.get(path, value)) for path, value in known.items()})
-    return max(at, 0), info["seconds"] if found else float(seconds)
+    first = device.hosts()[0] == 0
+    arrays, info = (checkpoint.read(Path(config.run_dir) / "checkpoints") if first else None) or ({}, None)
+    shapes = {path: (array.shape, str(array.dtype)) for path, array in arrays.items()}
+    info, shapes = device.json_from_first_host([info, shapes])
+    if info is None:
+        return None
+    _check_same_run(config, corpus, info)
+    return {
+        path: device.from_first_host(arrays[path] if first else np.zeros(shape, dtype))
+        for path, (shape, dtype) in shapes.items()
+    }, info
 
 
 def _check_same_run(config, corpus, info):
@@ -195,8 +176,77 @@ def _check_same_run(config, corpus, info):
                 f"{config.run_dir} holds a run with {name}={theirs[name]!r}, not {ours[name]!r}; {_ANEW}; "
                 f"to go on all the same: allow_changes: [{name}]"
             )
+    corpus.check_tokenizer(info["tokenizer"], config.run_dir)
     if info["corpus"] != corpus.hash and "corpus" not in config.allow_changes:
-        raise ConfigError(f"{config.run_dir} was trained on another corpus than {config.corpus} is now; {_ANEW}")
+        raise ConfigError(
+            f"{config.run_dir} was trained on another corpus than {config.corpus} is now; {_ANEW}; "
+            "to go on all the same: allow_changes: [corpus]"
+        )
+
+
+def model_config(config: TrainConfig, corpus: Corpus, resumed: dict | None = None) -> ModelConfig:
+    """The model of a run. With `init_from` that checkpoint's, with the dropout rates of `config.model`.
+
+    `resumed` are the fields of the model that the run has already: then `init_from` need not be there any more.
+    ConfigError naming the field in which they differ; CorpusError if the corpus has another tokenizer.
+    """
+    if config.init_from is None:
+        shape = config.model_config(corpus.n_vocab)
+        if shape.n_vocab < corpus.n_vocab:
+            raise ConfigError(f"model.n_vocab is {shape.n_vocab}, but {config.corpus} has {corpus.n_vocab} words")
+        return shape
+    shape = ModelConfig.from_dict(resumed) if resumed else checkpoint.pretrained_config(config.init_from)
+    asked = config.model_config(shape.n_vocab).to_dict() if config.size else {**shape.to_dict(), **config.model}
+    for name, value in asked.items():
+        if not name.endswith("_pdrop") and value != getattr(shape, name):
+            raise ConfigError(
+                f"{config.init_from} has {name}={getattr(shape, name)}, but this run asks for {value}; "
+                "leave out `size` and that field of `model`, or name a checkpoint of that shape"
+            )
+    if not resumed:
+        tokenizer = checkpoint.tokenizer_hash(config.init_from)
+        if tokenizer is not None:
+            corpus.check_tokenizer(tokenizer, config.init_from)
+        elif shape.n_vocab != corpus.n_vocab:
+            raise ConfigError(
+                f"{config.init_from} has a vocabulary of {shape.n_vocab}, {config.corpus} one of {corpus.n_vocab}; "
+                "write the corpus with the checkpoint's tokenizer"
+            )
+    return shape.replace(**{name: value for name, value in asked.items() if name.endswith("_pdrop")})
+
+
+def _first_values(config, arrays):
+    """What `GPT2(init=...)` takes: the name of an initialisation, or the parameters of a checkpoint."""
+    if arrays is None and config.init_from is None:
+        return config.init
+    if arrays is None:
+        pretrained = checkpoint.load_pretrained(config.init_from)
+        arrays = {v.path: np.asarray(v.value, np.float32) for v in pretrained.trainable_variables}
+    return lambda path, shape: checkpoint.expect(arrays, path, shape, config.init_from or config.run_dir)
+
+
+def _build(config, shape, places, arrays=None):
+    """The compiled step of a run, with its model and optimizer: new ones, or with the arrays of its last checkpoint."""
+    if keras.backend.backend() == "jax":
+        scope, n = device.on_host(), len(places)
+    else:
+        scope, n = places.scope(), places.num_replicas_in_sync
+    rows = config.batch_size // config.accumulate
+    if rows % n:
+        raise ConfigError(
+            f"TrainConfig.batch_size {config.batch_size} in {config.accumulate} part(s) gives {rows} sequences at a "
+            f"time, which {n} devices cannot share evenly; make it a multiple of {n * config.accumulate}, or "
+            "set devices"
+        )
+    with scope:
+        values = _first_values(config, arrays)
+        model = GPT2(shape, init=values, seed=config.seed, dtype=config.dtype, remat=config.remat)
+        optimizer = make_optimizer(config)
+        trained = trained_variables(model, config.freeze)
+        optimizer.build(trained)
+        for v in optimizer.variables if arrays else ():
+            v.assign(checkpoint.expect(arrays, v.path, v.shape, config.run_dir))
+    return make_step(model, optimizer, trained, config, places)
 
 
 # --- while it runs ----------------------------------------------------------------------------------------------------
@@ -213,10 +263,13 @@ def _signals():
     def note(number, frame):
         if number in noted:  # asked twice
             signal.signal(number, before[number])
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
         noted.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, note)
     try:
         yield noted
     finally:
@@ -229,8 +282,14 @@ class _Spikes:
 
     horizon = 100
 
-    def __init__(self, deviations):
-        self.deviations, self.n, self.mean, self.square, self.quiet_until = deviations, 0, 0.0, 0.0, 0
+    def __init__(self, deviations, state=None):
+        self.deviations = deviations
+        self.n, self.mean, self.square, self.quiet_until = state or (0, 0.0, 0.0, 0)
+
+    @property
+    def state(self) -> list:
+        """What a run that goes on needs to tell what an undisturbed one would."""
+        return [self.n, self.mean, self.square, self.quiet_until]
 
     def look(self, loss) -> str | None:
         """What is unusual about the next loss, at most once in a horizon; None for the first half of the first one."""
@@ -252,8 +311,9 @@ def _memory(config, shape, n_devices) -> str:
     """What a step holds on each device, roughly, and what to change: for the message when it was too much."""
     rows = config.batch_size // config.accumulate / n_devices
     tokens, width = rows * shape.n_ctx, 2 if "bfloat16" in config.dtype else 4
-    slots = {"adamw": 8.0, "adafactor": 0.05}[config.optimizer]
-    state = shape.n_params * (4 + 4 + slots) / (n_devices if config.sharded else 1)
+    slots = 8 if config.optimizer == "adamw" else 4 if config.optimizer_options.get("beta1") else 0.05
+    parameter = 2 if config.dtype == "bfloat16" else 4
+    state = shape.n_params * (2 * parameter + slots) / (n_devices if config.sharded else 1)
     layer = tokens * (34 * shape.n_embd * width / 2 + shape.n_head * shape.n_ctx * (4 + 2 * width))
     activations = layer if config.remat else layer * shape.n_layer
     logits = min(tokens, config.loss_chunk or tokens) * shape.n_vocab * 12
@@ -280,7 +340,8 @@ def _out_of_memory(config, shape, n_devices):
     except Exception as error:
         text = str(error)
         if isinstance(error, MemoryError) or any(
-            sign in text for sign in ("RESOURCE_EXHAUSTED", "OOM when allocating", "out of memory", "Out of memory")
+            sign in f"{type(error).__name__}: {text}"
+            for sign in ("RESOURCE_EXHAUSTED", "ResourceExhausted", "OOM when", "out of memory", "Out of memory")
         ):
             raise TrainingError(f"out of memory: {_memory(config, shape, n_devices)}") from error
         raise
@@ -304,28 +365,36 @@ def train(config: TrainConfig, restart: bool = False) -> dict:
     """
     began = time.monotonic()
     host, n_hosts = device.hosts()
+    main = host == 0
     corpus, run_dir = Corpus(config.corpus), Path(config.run_dir)
-    shape = model_config(config, corpus)
+    if config.init_from and Path(config.init_from).resolve() == run_dir.resolve():
+        raise ConfigError(f"init_from and run_dir are both {run_dir}; give the new run a folder of its own")
+    if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+        raise ConfigError("TrainConfig.tensorboard needs tensorboardX; run: pip install tensorboardX")
+    fresh = None, {"step": 0, "seconds": 0.0, "model": None}
+    arrays, info = (None if restart else _newest(config, corpus)) or fresh
+    done, seconds = info["step"], info["seconds"]
+    if done >= config.max_steps:
+        return read_history(run_dir)
+    shape = model_config(config, corpus, info["model"])
     order = dict(batch_size=config.batch_size, n_ctx=shape.n_ctx, seed=config.seed)
     batches = Batches(corpus, **order, host=host, n_hosts=n_hosts)
     validation = validation_windows(corpus, shape.n_ctx, config.validation_windows)
     places = device.places(config.devices, config.sharded)
     n_devices = len(places) if isinstance(places, list) else places.num_replicas_in_sync
     with _out_of_memory(config, shape, n_devices):
-        step = _build(config, shape, places)
-    if restart and host == 0:
-        _delete_run(run_dir)
-    done, seconds = _resume(config, corpus, step, host)
-    if done >= config.max_steps:
-        return read_history(run_dir)
+        step = _build(config, shape, places, arrays)
+    del arrays
     batch_tokens = config.batch_size * shape.n_ctx
-    if host == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(run_dir / "train.json", config.to_dict())
-    main = host == 0
-    metrics = _Lines(run_dir / "metrics.jsonl", done) if main else None
-    incidents = _Lines(run_dir / "incidents.jsonl", done) if main else None
-    board = _tensorboard(run_dir, done) if main and config.tensorboard else None
+    metrics = incidents = board = None
+    if main:
+        with _disk_errors(run_dir):
+            if restart:
+                _delete_run(run_dir)
+            run_dir.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_json(run_dir / "train.json", config.to_dict())
+            metrics, incidents = _Lines(run_dir / "metrics.jsonl", done), _Lines(run_dir / "incidents.jsonl", done)
+            board = _Board(run_dir / "tensorboard", done) if config.tensorboard else None
     bar = tqdm(
         total=config.max_steps,
         initial=done,
@@ -334,17 +403,12 @@ def train(config: TrainConfig, restart: bool = False) -> dict:
         mininterval=1,
         dynamic_ncols=True,
     )
-    spikes, flying, saved = _Spikes(config.spike_deviations), collections.deque(), done
-    rows = config.batch_size // config.accumulate
+    spikes, flying, saved = _Spikes(config.spike_deviations, info.get("spikes")), collections.deque(), done
+    rows, origin = config.batch_size // config.accumulate, {**provenance(), "device": device.describe()}
 
     def write(line):
-        if main:
-            metrics.write(line)
-        if board:
-            for name, value in line.items():
-                if name not in ("step", "tokens_seen", "seconds"):
-                    board.add_scalar(name, value, line["step"])
-            board.flush()
+        for file in filter(None, (metrics, board)):
+            file.write(line)
 
     def validate():
         result = total(window_losses(step.losses, validation, rows))
@@ -358,11 +422,12 @@ def train(config: TrainConfig, restart: bool = False) -> dict:
     def save(folder="checkpoints", at=None, keep=config.keep_checkpoints, **more):
         info = {
             "config": config.to_dict(), "model": shape.to_dict(), "dtype": config.dtype, "seconds": seconds,
-            "corpus": corpus.hash, "tokenizer": corpus.manifest["tokenizer"]["hash"],
-            "provenance": {**provenance(), "device": device.describe()}, **more,
+            "spikes": spikes.state, "corpus": corpus.hash, "tokenizer": corpus.manifest["tokenizer"]["hash"],
+            "provenance": origin, **more,
         }  # fmt: skip
         arrays = step.arrays()
         if main:
+            metrics.sync()
             checkpoint.save(run_dir / folder, done if at is None else at, arrays, info, keep)
 
     def report(at, what, state_at):
@@ -390,16 +455,14 @@ def train(config: TrainConfig, restart: bool = False) -> dict:
                     f"({config.warmup_steps} steps) or clip gradients; nothing was changed by this step"
                 )
             if unusual := spikes.look(loss):
-                warnings.warn(report(at, unusual, done), stacklevel=3)
+                failed = int((flying or [(at, measures)])[-1][1]["failed"])  # a later step that changed nothing
+                warnings.warn(report(at, unusual, done if failed < 0 else failed), stacklevel=3)
 
     with contextlib.ExitStack() as stack:
         noted = stack.enter_context(_signals())
         stack.enter_context(bar)
-        if main:
-            stack.callback(metrics.file.close)
-            stack.callback(incidents.file.close)
-        if board:
-            stack.callback(board.close)
+        for file in filter(None, (metrics, incidents, board)):
+            stack.callback(file.file.close)
         stack.enter_context(_out_of_memory(config, shape, n_devices))
         stream = stack.enter_context(contextlib.closing(prefetch(batches, done, config.max_steps)))
         if not done:
@@ -412,7 +475,7 @@ def train(config: TrainConfig, restart: bool = False) -> dict:
                 "validate": last or (done + 1) % config.validate_every == 0,
                 "save": last or (done + 1) % config.checkpoint_every == 0,
             }
-            measures = step(tokens, done, due["log"])
+            measures = step(tokens, done, any(due.values()))
             done += 1
             flying.append((done, measures))
             bar.update()
@@ -443,20 +506,39 @@ def train(config: TrainConfig, restart: bool = False) -> dict:
                 if done > saved:
                     save()
                 break
-        else:
-            return read_history(run_dir)
-    if noted:  # again, now that it may do what it does: SIGTERM ends the process, Ctrl-C raises KeyboardInterrupt
-        os.kill(os.getpid(), noted[0])
-    raise Stopped(
-        f"stopped after {(time.monotonic() - began) / 60:.1f} minutes at step {done} of {config.max_steps}, saved; to go "
-        f"on: python -m gpt2lib.train {config.run_dir}, or run the same notebook or study again"
-    )
+    if noted:  # now it may do what it does: SIGTERM ends the process, Ctrl-C raises KeyboardInterrupt
+        signal.raise_signal(noted[0])
+    if done < config.max_steps:
+        command = f"python -m gpt2lib.train {shlex.quote(config.run_dir)}{' --distributed' if n_hosts > 1 else ''}"
+        raise Stopped(
+            f"stopped after {(time.monotonic() - began) / 60:.1f} minutes at step {done} of {config.max_steps}, saved; "
+            f"to go on: {command}, or run the same notebook or study again"
+        )
+    return read_history(run_dir)
 
 
 def _some(documents) -> str:
     """A few of a batch's documents, for a sentence."""
     numbers = sorted({number for row in documents for number in row})
     return f"{', '.join(map(str, numbers[:8]))}{f' and {len(numbers) - 8} more' if len(numbers) > 8 else ''}"
+
+
+def _read_config(run) -> TrainConfig:
+    """The configuration of a run's folder, wherever that lies now, or in a file; ConfigError if it cannot be read."""
+    folder = Path(run).is_dir()
+    path = Path(run) / "train.json" if folder else Path(run)
+    try:
+        text = path.read_text(encoding="utf-8")
+        fields = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"there is no {path}; give a run's folder or a file with the fields of TrainConfig"
+        ) from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{path} holds no fields of TrainConfig")
+    return TrainConfig.from_dict({**fields, "run_dir": str(run)} if folder else fields)
 
 
 def main(arguments=None) -> int:
@@ -468,25 +550,20 @@ def main(arguments=None) -> int:
     parser.add_argument("--restart", action="store_true", help="delete what the run's folder holds first")
     parser.add_argument("--distributed", action="store_true", help="one of several hosts (JAX)")
     options = parser.parse_args(arguments)
-    path = Path(options.run)
-    path = path / "train.json" if path.is_dir() else path
     try:
-        import yaml
-
-        if not path.is_file():
-            raise ConfigError(f"there is no {path}; give a run's folder or a file with the fields of TrainConfig")
-        fields = yaml.safe_load(path.read_text())  # JSON is YAML
-        if not isinstance(fields, dict):
-            raise ConfigError(f"{path} holds no fields of TrainConfig")
-        config = TrainConfig.from_dict(fields)
-        print(device.setup(distributed=options.distributed))
+        config = _read_config(options.run)
+        print(device.setup(distributed=options.distributed), flush=True)
         train(config, options.restart)
     except Stopped as stopped:
         print(stopped)
         return _STOPPED
-    except (ConfigError, CorpusError, TrainingError, checkpoint.CheckpointError, yaml.YAMLError) as error:
+    except (ConfigError, CorpusError, TokenizerError, TrainingError, checkpoint.CheckpointError) as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; run the same command to go on", file=sys.stderr, flush=True)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)  # so that the shell knows
     return 0
 
 

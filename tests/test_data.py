@@ -332,7 +332,7 @@ def anonymous_memory() -> int:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the kernel does not say what memory is used")
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
     """10 million and 10 billion tokens: opened, 2000 batches read, and far steps reached."""
-    n_ctx, grown, windows = 1024, {}, []
+    n_ctx, grown = 1024, {}
     Batches(Corpus(pretend(tmp_path / "warm", 1, 10**4)), batch_size=2, n_ctx=8)[0]  # imports grain
     for name, n_shards, shard_tokens in (("small", 1, 10**7), ("large", 300, 2**25)):
         folder = pretend(tmp_path / name, n_shards, shard_tokens)
