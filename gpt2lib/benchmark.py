@@ -6,11 +6,13 @@ the same machine in the same minutes, and medians of their turns may be divided 
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -22,9 +24,10 @@ class Contender:
 
     def __init__(self, kind: str, **options):
         self.options = {"kind": kind, **options}
+        self.errors = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would fill up and block it
         self.process = subprocess.Popen(
             [sys.executable, "-m", "gpt2lib.benchmark", json.dumps(self.options)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
         )  # fmt: skip
         self.started = self._answer()  # what it says of its start
 
@@ -32,8 +35,8 @@ class Contender:
         for line in self.process.stdout:
             if line.startswith(_RESULT):
                 return json.loads(line.removeprefix(_RESULT))
-        error = self.process.stderr.read()[-2000:]
-        raise RuntimeError(f"the benchmark of {self.options} ended early: {error}")
+        self.errors.seek(0)
+        raise RuntimeError(f"the benchmark of {self.options} ended early: {self.errors.read()[-2000:]}")
 
     def turn(self) -> dict:
         """Measure once more."""
@@ -49,7 +52,7 @@ class Contender:
 
 
 def race(contenders: dict, turns: int, progress=None) -> dict:
-    """Start contenders, one after another, and let them take turns: for each name what it said of start, turns and end."""
+    """Start contenders, one after another, and let them take turns: what each said at its start, its turns, its end."""
     running = {name: Contender(**options) for name, options in contenders.items()}
     said = {name: [] for name in running}
     for _ in progress(range(turns)) if progress else range(turns):
@@ -62,67 +65,67 @@ def race(contenders: dict, turns: int, progress=None) -> dict:
 
 
 # --- the workers ------------------------------------------------------------------------------------------------------
-# Each is a generator: it yields once when it is ready, and then one measurement for each turn.
+# Each is a generator: it yields once when it is ready and once for each turn, and returns what it says at its end.
 
 
-def train_ours(size, batch_size, n_ctx, dtype, steps=2):
-    """Seconds of the compiled train step alone, and what it costs when `train` runs it with data and metrics."""
+def train_ours(shape, batch_size, dtype, steps=2, loop_steps=20):
+    """Seconds of the compiled train step alone; at the end, what a step costs inside `train`, with data and metrics."""
+    from unittest import mock
+
     from gpt2lib import device
 
-    started = time.perf_counter()
     described = device.setup()
     from gpt2lib import train as training
-    from gpt2lib.config import TrainConfig, size as named
-    from gpt2lib.data import Corpus, write_corpus
+    from gpt2lib.config import ModelConfig, TrainConfig
+    from gpt2lib.data import write_corpus
     from gpt2lib.tokenizer import Tokenizer
 
-    shape = named(size).replace(n_ctx=n_ctx, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
+    shape, random = ModelConfig.from_dict(shape), np.random.default_rng(0)
+    config = TrainConfig(
+        corpus="", run_dir="", optimizer="adamw", learning_rate=1e-4, weight_decay=0.01, dtype=dtype,
+        batch_size=batch_size, max_steps=loop_steps, warmup_steps=1, checkpoint_every=loop_steps,
+        validate_every=loop_steps, validation_windows=1, model=shape.to_dict(),
+    )  # fmt: skip
+    step = training._build(config, shape, device.places())
+    tokens = random.integers(0, shape.n_vocab, (batch_size, shape.n_ctx + 1))
+    step(tokens, 0)
+    command = yield {"first_step_seconds": _age(), "device": described}
+    while command == "turn":
+        command = yield {"seconds": [_timed(lambda: float(step(tokens, 1, False)["loss"])) for _ in range(steps)]}
+
+    bare, kind = [], type(step)
+    call = kind.__call__
+
+    def watched(self, tokens, index, sizes):
+        began = time.perf_counter()
+        measures = call(self, tokens, index, sizes)
+        if not sizes:
+            float(measures["loss"])
+            bare.append(time.perf_counter() - began)
+        return measures
+
     with tempfile.TemporaryDirectory() as folder:
-        random = np.random.default_rng(0)
-        texts = ("".join(map(chr, random.integers(97, 123, 4 * n_ctx))) for _ in range(40 * batch_size))
+        texts = ("".join(map(chr, random.integers(97, 123, 2 * shape.n_ctx))) for _ in range(40 * batch_size))
         write_corpus(f"{folder}/corpus", texts, Tokenizer([]), name="letters", source={}, progress=False)
-        config = TrainConfig(
-            corpus=f"{folder}/corpus", run_dir=f"{folder}/run", size=size, optimizer="adamw", learning_rate=1e-4,
-            weight_decay=0.01, dtype=dtype, batch_size=batch_size, max_steps=10**6, warmup_steps=10, progress=False,
-            model={name: value for name, value in shape.to_dict().items() if name.endswith(("ctx", "vocab", "pdrop"))},
-        )  # fmt: skip
-        step = training.build_step(config, shape, device.places())
-        tokens = random.integers(0, shape.n_vocab, (batch_size, n_ctx + 1))
-        step(tokens, 0)
-        yield {"first_step_seconds": time.perf_counter() - started, "device": described}
-        index = 1
-        while True:
-            seconds = []
-            for _ in range(steps):
-                began = time.perf_counter()
-                float(step(tokens, index, False)["loss"])
-                seconds.append(time.perf_counter() - began)
-                index += 1
-            yield {"seconds": seconds}
+        config = config.replace(corpus=f"{folder}/corpus", run_dir=f"{folder}/run")
+        with mock.patch.object(training, "_build", lambda *_: step), mock.patch.object(kind, "__call__", watched):
+            history = training.train(config)
+    return {"step_seconds": float(np.median(bare)), "loop_seconds": history["train"][-1]["seconds"] / loop_steps}
 
 
-def train_loop(size, batch_size, n_ctx, dtype, steps=20):
-    """Share of `train`'s time that is not spent in the compiled step: data, metrics, progress bar."""
-
-
-def train_huggingface(size, batch_size, n_ctx, dtype, steps=2, fused=False):
-    """Seconds of a train step of transformers' GPT2LMHeadModel as its users write it, with torch's AdamW."""
-    started = time.perf_counter()
+def train_huggingface(shape, batch_size, dtype, steps=2, fused=False):
+    """Seconds of a train step of transformers' GPT2LMHeadModel, written as its users write it, with torch's AdamW."""
     import contextlib
 
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from gpt2lib.config import size as named
-
-    shape = named(size)
-    model = GPT2LMHeadModel(
-        GPT2Config(n_embd=shape.n_embd, n_layer=shape.n_layer, n_head=shape.n_head, n_positions=n_ctx, embd_pdrop=0.0,
-                   attn_pdrop=0.0, resid_pdrop=0.0)
-    )  # fmt: skip
+    names = {"n_vocab": "vocab_size", "n_ctx": "n_positions"}
+    end = {"bos_token_id": shape["n_vocab"] - 1, "eos_token_id": shape["n_vocab"] - 1}
+    model = GPT2LMHeadModel(GPT2Config(**{names.get(name, name): value for name, value in shape.items()}, **end))
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused=fused or None)
-    tokens = torch.randint(0, shape.n_vocab, (batch_size, n_ctx))
+    tokens = torch.randint(0, shape["n_vocab"], (batch_size, shape["n_ctx"]))
 
     def step():
         low = torch.autocast("cpu", torch.bfloat16) if dtype == "mixed_bfloat16" else contextlib.nullcontext()
@@ -131,14 +134,110 @@ def train_huggingface(size, batch_size, n_ctx, dtype, steps=2, fused=False):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss)
+        float(loss)
 
     step()
-    yield {"first_step_seconds": time.perf_counter() - started, "device": f"torch {torch.__version__}"}
-    while True:
-        seconds = []
-        for _ in range(steps):
+    command = yield {"first_step_seconds": _age(), "device": f"torch {torch.__version__}"}
+    while command == "turn":
+        command = yield {"seconds": [_timed(step) for _ in range(steps)]}
+
+
+def machine(dtype, size=2048, times=5):
+    """The machine's rate of matrix products [size, size] in FLOP/s, with the backend in use."""
+    from gpt2lib import device
+
+    described = device.setup()
+    from keras import ops
+
+    a = ops.cast(np.random.default_rng(0).standard_normal((size, size)), dtype)
+    product = device.compiled(None, ops.matmul)
+    np.asarray(ops.cast(product(a, a), "float32"))
+    command = yield {"device": described}
+    while command == "turn":
+        seconds = [_timed(lambda: np.asarray(product(a, a)[:1, :1])) for _ in range(times)]
+        command = yield {"flops": 2 * size**3 / float(np.median(seconds))}
+
+
+def data(n_tokens, n_ctx=1024, batch_size=8, steps=2000):
+    """Tokens/s that reach the training loop on one core, and the memory that reading takes, from a pretended corpus."""
+    from gpt2lib.data import Batches, Corpus, prefetch
+
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        Batches(Corpus(pretend(folder / "small", 1, 10**5)), batch_size=2, n_ctx=8)[0]  # imports grain
+        n_shards = -(-n_tokens // 2**25)
+        path = pretend(folder / "corpus", n_shards, n_tokens // n_shards)
+        before = anonymous_memory()
+        command = yield {}
+        while command == "turn":
+            batches = Batches(Corpus(path), batch_size=batch_size, n_ctx=n_ctx, seed=1)
             began = time.perf_counter()
-            step()
-            seconds.append(time.perf_counter() - began)
-        yield {"seconds": seconds}
+            for _ in prefetch(batches, 0, steps):
+                pass
+            seconds = time.perf_counter() - began
+            grown = anonymous_memory() - before
+            command = yield {"tokens_per_second": steps * batch_size * n_ctx / seconds, "grown_bytes": grown}
+
+
+def pretend(folder, n_shards: int, shard_tokens: int) -> Path:
+    """A corpus of zeros, as large as one likes, that takes no room on disk."""
+    from gpt2lib.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer([])
+    tokenizer.save(folder / "tokenizer")
+    shards = [
+        {"file": f"{i:05d}.bin", "sha256": "", "tokens": shard_tokens, "documents": 1, "bytes": 1}
+        for i in range(n_shards)
+    ]
+    for shard in shards:
+        with (folder / shard["file"]).open("wb") as file:
+            file.truncate(2 * shard_tokens)
+    manifest = {
+        "format": 1, "name": "pretended", "source": {}, "validation_fraction": 0.5, "left_out": {},
+        "tokenizer": {"n_vocab": 257, "hash": tokenizer.hash}, "splits": {"train": shards, "validation": shards[:1]},
+    }  # fmt: skip
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def anonymous_memory() -> int:
+    """Bytes that this process holds itself, without the pages of mapped files, which can be dropped at any time."""
+    return int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def _timed(function) -> float:
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def _age() -> float:
+    """Seconds since this process began."""
+    import psutil
+
+    return time.time() - psutil.Process().create_time()
+
+
+WORKERS = {f.__name__: f for f in (train_ours, train_huggingface, machine, data)}
+
+
+def _work(kind, **options):
+    """Answer the commands of a `Contender`."""
+
+    def answer(message):
+        print(_RESULT + json.dumps(message), flush=True)
+
+    worker = WORKERS[kind](**options)
+    answer(next(worker))
+    for line in sys.stdin:
+        try:
+            answer(worker.send(line.strip()))
+        except StopIteration as end:
+            answer({**(end.value or {}), "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024})
+            return
+
+
+if __name__ == "__main__":
+    _work(**json.loads(sys.argv[1]))

@@ -64,7 +64,7 @@ def trained_variables(model, freeze) -> list:
 
 
 def _product(a, b):
-    """A matrix product, float32 whatever a and b are: JAX adds up in float32, TensorFlow rounds the sum to their type."""
+    """A matrix product, always float32: JAX adds up in float32, TensorFlow rounds the sum to the type of a and b."""
     if keras.backend.backend() == "jax":
         from jax import numpy
 
@@ -360,7 +360,7 @@ class TensorFlowStep:
 
         self.model, self.optimizer, self.trained, self.strategy = model, optimizer, trained, strategy
         replicas, n = strategy.num_replicas_in_sync, config.accumulate
-        # On one device, bfloat16 copies of the kernels, made when they change: cheaper than casts wherever they are used.
+        # On one device, bfloat16 copies of the kernels, made when they change: cheaper than casts where they are used.
         kernels = [v for v in model.trainable_variables if v.path.endswith("/w")]
         mixed = replicas == 1 and config.dtype == "mixed_bfloat16"
         self.low = [(v, tf.Variable(tf.cast(v.value, "bfloat16"))) for v in kernels] if mixed else []

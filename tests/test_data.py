@@ -19,6 +19,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from gpt2lib import data
+from gpt2lib.benchmark import anonymous_memory, pretend
 from gpt2lib.data import Batches, Corpus, CorpusError, prefetch, validation_windows, write_corpus
 from gpt2lib.tokenizer import Tokenizer, TokenizerError
 
@@ -304,29 +305,6 @@ def test_prefetch_fails_where_the_batch_is_due():
 
 
 # -------------------------------------------------------------------------------------------------------- large corpora
-
-
-def pretend(folder, n_shards, shard_tokens) -> Path:
-    """A corpus of zeros that takes no room on disk."""
-    BYTES.save(folder / "tokenizer")
-    shards = [
-        {"file": f"{i:05d}.bin", "sha256": "", "tokens": shard_tokens, "documents": 1, "bytes": 1}
-        for i in range(n_shards)
-    ]
-    for shard in shards:
-        with (folder / shard["file"]).open("wb") as file:
-            file.truncate(2 * shard_tokens)
-    manifest = {
-        "format": 1, "name": "pretended", "source": {}, "validation_fraction": 0.5, "left_out": {},
-        "tokenizer": {"n_vocab": 257, "hash": BYTES.hash}, "splits": {"train": shards, "validation": shards[:1]},
-    }  # fmt: skip
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return folder
-
-
-def anonymous_memory() -> int:
-    """Bytes that this process holds itself, without the pages of mapped files, which can be dropped at any time."""
-    return int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the kernel does not say what memory is used")

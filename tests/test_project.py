@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "step": CORE,
     "study": {"config", "report"},
     "corpus": MIDDLE,
+    "benchmark": TOP,
     **dict.fromkeys(("train", "evaluate", "plan"), TOP | {"corpus", "evaluate", "plan"}),
 }
 
