@@ -603,12 +603,34 @@ def tokenizer_hash(folder) -> str | None:
     folder = Path(folder)
     if _layout(folder) == "checkpoints":
         return (_newest_note(folder / "checkpoints") or {}).get("tokenizer")
+    tokenizer = _read_tokenizer(folder)
+    return tokenizer and tokenizer.hash
+
+
+def load_tokenizer(folder) -> Tokenizer:
+    """The tokenizer of a corpus, or of a checkpoint in OpenAI's or Hugging Face's layout; "gpt2": GPT-2's own.
+
+    Raises CheckpointError if the folder holds none.
+    """
+    if folder == "gpt2":
+        return Tokenizer.gpt2()
+    inside = Path(folder) / "tokenizer"  # of a corpus
+    tokenizer = _read_tokenizer(inside if inside.is_dir() else Path(folder))
+    if tokenizer is None:
+        raise CheckpointError(
+            f"{folder} holds no tokenizer: give the folder of a corpus, or one with encoder.json and vocab.bpe, or gpt2"
+        )
+    return tokenizer
+
+
+def _read_tokenizer(folder) -> Tokenizer | None:
+    """The tokenizer whose files lie in a folder."""
     try:
         for merges, vocabulary in (("vocab.bpe", "encoder.json"), ("merges.txt", "vocab.json")):
             if (folder / merges).is_file() and (folder / vocabulary).is_file():
-                return Tokenizer.from_files(folder / merges, folder / vocabulary).hash
+                return Tokenizer.from_files(folder / merges, folder / vocabulary)
         if (folder / "tokenizer.json").is_file():  # all that transformers 5 writes
-            return _read_tokenizer_json(folder / "tokenizer.json").hash
+            return _read_tokenizer_json(folder / "tokenizer.json")
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"the vocabulary in {folder} is not laid out as GPT-2's; take its files from the release of the weights"

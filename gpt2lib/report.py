@@ -67,8 +67,10 @@ def portable(path: str | Path) -> str:
     raise ReportError(f"{path} lies outside the workspace and the data folder; write it below one of them")
 
 
-def locate(recorded: str) -> Path:
-    """The place of a path that `portable` wrote, on this machine."""
+def locate(recorded: str) -> Path | str:
+    """The place of a path that `portable` wrote, on this machine; an address such as gs://x/y stays one."""
+    if "://" in recorded:
+        return recorded
     first, *rest = Path(recorded).parts or (".",)
     return data_folder(*rest) if first == "data" else workspace() / recorded
 

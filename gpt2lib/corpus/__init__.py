@@ -21,12 +21,14 @@ def build(
     validation_fraction: float = VALIDATION_FRACTION,
     progress: bool = True,
     packages: Collection[str] | None = None,
+    cut_bytes: int | None = None,
 ) -> dict:
     """Write a corpus to `folder` and return its manifest; one that is there and made from the same is kept.
 
     `source` is "docstrings" (of `packages`, or of all that are installed) or a folder of text, JSON lines and Parquet
     files, whose records hold their text in `text_field`. Its BPE of `n_vocab` entries is learned from the train split,
-    unless a `tokenizer` is given. CorpusError or TokenizerError if that cannot be done; the old corpus stays then.
+    unless a `tokenizer` is given. With `cut_bytes` a longer document is cut into several at ends of paragraphs, so that
+    a book can be split. CorpusError or TokenizerError if that cannot be done; the old corpus stays then.
     """
     folder = Path(folder)
     check_replaceable(folder.resolve())
@@ -36,6 +38,8 @@ def build(
     else:
         name = Path(source).resolve().stem
         made = {"kind": "files", "files": files.describe(source), "text_field": text_field}
+    if cut_bytes is not None:
+        made["cut_bytes"] = cut_bytes
     made["tokenizer"] = f"BPE of {n_vocab} learned from train" if tokenizer is None else f"given: {tokenizer.hash}"
     manifest = _kept(folder, name, made, validation_fraction)
     if manifest is not None:
@@ -48,7 +52,8 @@ def build(
         collected = list(tqdm(texts, desc="docstrings: parsing packages", unit=" documents", disable=not progress))
 
     def documents():
-        return files.documents(source, text_field) if collected is None else iter(collected)
+        whole = files.documents(source, text_field) if collected is None else iter(collected)
+        return whole if cut_bytes is None else (part for text in whole for part in files.cut(text, cut_bytes))
 
     if tokenizer is None:
         kept = split_documents(documents(), validation_fraction)

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
@@ -46,6 +47,19 @@ def documents(folder: str | PathLike, text_field: str = "text") -> Iterator[str]
     for path in text_files(folder):
         suffix = next(suffix for suffix in _READERS if path.name.endswith(suffix))
         yield from _READERS[suffix](path, text_field)
+
+
+def cut(text: str, n_bytes: int) -> Iterator[str]:
+    """The text in parts of at most `n_bytes` of UTF-8 if its paragraphs allow that, cut at ends of paragraphs."""
+    part, size = [], 0
+    for paragraph in re.split(r"(?<=\n\n)(?=[^\n])", text):
+        length = len(paragraph.encode("utf-8", errors="replace"))
+        if part and size + length > n_bytes:
+            yield "".join(part)
+            part, size = [], 0
+        part.append(paragraph)
+        size += length
+    yield "".join(part)
 
 
 def _read_txt(path: Path, text_field: str) -> Iterator[str]:
