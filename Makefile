@@ -17,6 +17,9 @@ reproduce: reports/quickstart
 reports/%: .venv/.installed FORCE
 	@.venv/bin/python -m gpt2lib.study $@
 
+# Compares with Hugging Face, which nothing else needs.
+reports/benchmark: .venv/.installed-bench
+
 test: .venv/.installed-test
 	KERAS_BACKEND=tensorflow $(PYTEST) tests
 	KERAS_BACKEND=jax $(PYTEST) tests -m "not backend_free and not slow"
@@ -39,6 +42,10 @@ lint: .venv/.installed-test
 
 .venv/.installed-test: .venv/.installed
 	@$(PIP) install -q -c constraints.txt -e '.[tensorflow,notebooks,test]'
+	@touch $@
+
+.venv/.installed-bench: .venv/.installed
+	@$(PIP) install -q -c constraints.txt -e '.[tensorflow,notebooks,bench]'
 	@touch $@
 
 .venv/bin/python:

@@ -93,7 +93,8 @@ class Conv1D(_Layer):
         self.w, self.b = self.weight("w", (shape[-1], self.nf)), self.weight("b", (self.nf,))
 
     def call(self, x):
-        return ops.matmul(x, self.w) + self.b
+        y = ops.matmul(ops.reshape(x, (-1, x.shape[-1])), self.w) + self.b  # as matrices TensorFlow fuses the two
+        return ops.reshape(y, (*ops.shape(x)[:-1], self.nf))
 
 
 class Attention(_Layer):
@@ -255,25 +256,22 @@ class GPT2(keras.Model):
 def gelu(x):
     """OpenAI's GELU: x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2, here x sigmoid(2 sqrt(2 / pi) (...)).
 
-    In float32 inside; of all that, only x is kept for the gradient.
+    In float32 inside; of all that, only the slope is kept for the gradient.
     """
     a, b = 2 * math.sqrt(2 / math.pi), 2 * math.sqrt(2 / math.pi) * 0.044715
 
-    def parts(x):
-        x = ops.cast(x, "float32")
-        square = x * x
-        return x, square, ops.sigmoid(x * (a + b * square))
-
     @ops.custom_gradient
     def function(x):
-        def gradient(*args, upstream=None):
-            upstream = args[0] if upstream is None else upstream
-            z, square, s = parts(x)
-            slope = s * (1 + z * (1 - s) * (a + 3 * b * square))
-            return ops.cast(ops.cast(upstream, "float32") * slope, x.dtype)
+        z = ops.cast(x, "float32")
+        square = z * z
+        s = ops.sigmoid(z * (a + b * square))
+        y = z * s
+        slope = ops.cast(s + y * (1 - s) * (a + 3 * b * square), x.dtype)
 
-        z, _, s = parts(x)
-        return ops.cast(z * s, x.dtype), gradient
+        def gradient(*args, upstream=None):
+            return (args[0] if upstream is None else upstream) * slope
+
+        return ops.cast(y, x.dtype), gradient
 
     return function(x)
 

@@ -49,7 +49,7 @@ class OwnKernel(AsyncKernelManager):
     that another environment's `python3` would answer, with other packages.
     """
 
-    shutdown_wait_time = 600.0  # seconds from an interrupt to its end by force: a training saves first
+    shutdown_wait_time = 300.0  # seconds from an interrupt to its end by force: a training saves first
 
     @property
     def kernel_spec(self) -> KernelSpec:

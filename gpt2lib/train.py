@@ -509,7 +509,8 @@ def train(config: TrainConfig, restart: bool = False) -> dict:
     if noted:  # now it may do what it does: SIGTERM ends the process, Ctrl-C raises KeyboardInterrupt
         signal.raise_signal(noted[0])
     if done < config.max_steps:
-        command = f"python -m gpt2lib.train {shlex.quote(config.run_dir)}{' --distributed' if n_hosts > 1 else ''}"
+        command = f"KERAS_BACKEND={keras.backend.backend()} python -m gpt2lib.train {shlex.quote(config.run_dir)}"
+        command += " --distributed" if n_hosts > 1 else ""
         raise Stopped(
             f"stopped after {(time.monotonic() - began) / 60:.1f} minutes at step {done} of {config.max_steps}, saved; "
             f"to go on: {command}, or run the same notebook or study again"

@@ -140,11 +140,9 @@ def test_accumulated_gradients_are_clipped_like_those_of_keras(plain):
     measures = step(some_tokens(), 0)
     assert abs(float(measures["loss"]) - loss) < 1e-6 * loss
     assert abs(float(measures["gradient_norm"]) / norm - 1) < 1e-6, "the norm before clipping"
-    variables = [keras.Variable(np.zeros_like(g), name=path.replace("/", "_")) for path, g in gradients.items()]
     optimizer = keras.optimizers.AdamW(1e-3, beta_1=0.0, global_clipnorm=norm / 7)
-    optimizer.build(variables)
-    optimizer.apply([ops.convert_to_tensor(g) for g in gradients.values()], variables)
-    theirs = [np.asarray(v.value) for v in optimizer.variables if v.path.endswith("_momentum")]
+    _, slots = optimized(optimizer, gradients.values(), [gradients.values()], "float32")
+    theirs = [value for name, value in slots.items() if name.endswith("_momentum")]
     expected = dict(zip(gradients, theirs, strict=True))
     assert_close(expected, {path: g / 7 for path, g in gradients.items()}, 1e-6)
     assert_close(gradients_in(step), expected, 1e-6)
@@ -158,6 +156,11 @@ def test_bfloat16_compute_keeps_float32_parameters_and_gradients(plain):
         assert 0 < abs(loss / plain[0] - 1) < 2**-8, "computed in bfloat16"
         assert {a.dtype for a in step.arrays().values() if a.ndim} == {np.dtype(np.float32)}
     assert_close(gradients_in(parts), gradients_in(whole), 2**-7)
+    before = whole.arrays()
+    losses = [float(whole(some_tokens(seed=2), 1)["loss"])]
+    whole.assign(before)
+    losses.append(float(whole(some_tokens(seed=2), 1)["loss"]))
+    assert losses[0] == losses[1], "computed with the parameters of now"
 
 
 # --- the loss in chunks -----------------------------------------------------------------------------------------------
@@ -212,10 +215,9 @@ def test_cross_entropy_of_huge_logits_is_finite():
     for chunk in (None, 3):
         loss, gradients = differentiated(lambda chunk=chunk: cross_entropy(h, wte, labels, chunk=chunk), [h, wte])
         scores = np.asarray(h.value, np.float64) @ np.asarray(wte.value, np.float64).T
-        best = scores.max(-1)
-        expected = np.mean(
-            best + np.log(np.exp(scores - best[..., None]).sum(-1)) - np.take_along_axis(scores, labels[..., None], 2)[..., 0]
-        )  # fmt: skip
+        scores -= scores.max(-1, keepdims=True)
+        label = np.take_along_axis(scores, labels[..., None], 2)[..., 0]
+        expected = np.mean(np.log(np.exp(scores).sum(-1)) - label)
         assert abs(loss / expected - 1) < 1e-6
         assert all(np.isfinite(g).all() for g in gradients)
 
@@ -266,19 +268,18 @@ def test_chunks_never_hold_all_logits(plain, chunked):
 # --- rematerialisation ------------------------------------------------------------------------------------------------
 
 
-def gradients_with_dropout(remat, n_layer=1):
-    """f(values of all variables) -> (loss, gradients), and the model, with all dropouts."""
-    config = TrainConfig("-", "-", size="test", model={"n_layer": n_layer, "n_ctx": 37, **WET}).model_config()
-    model = GPT2(config, remat=remat)
-    tokens = some_tokens(width=38)
+def block_dropout(remat, n_layer=1):
+    """A model with dropout in its blocks, and its loss as a function of nothing."""
+    config = TrainConfig("-", "-", size="test", model={"n_layer": n_layer, **DRY, "attn_pdrop": 0.2}).model_config()
+    model, tokens = GPT2(config, remat=remat), some_tokens()
     return model, lambda: loss_of(model, tokens, FixedSeed(5, 2), None)
 
 
 def test_rematerialised_gradients_are_the_same():
-    """With all kinds of dropout, whose masks are made again as well."""
+    """With dropout, whose masks are made again as well."""
     (loss, gradients), (again_loss, again) = (
         differentiated(function, model.trainable_variables)
-        for model, function in (gradients_with_dropout(remat) for remat in (False, True))
+        for model, function in (block_dropout(remat) for remat in (False, True))
     )
     assert abs(again_loss - loss) < 1e-6 * loss
     assert_close(dict(enumerate(again)), dict(enumerate(gradients)), 1e-6)
@@ -286,51 +287,57 @@ def test_rematerialised_gradients_are_the_same():
 
 @jax_only
 def test_rematerialisation_keeps_the_inputs_of_blocks_only():
-    """What is kept for the backward pass, in bytes, of four blocks: much for one of them, little for each further one.
+    """What is kept for the backward pass grows with each block by no more than its input and its parameters.
 
-    XLA's CPU backend orders a program without regard to memory: its peak is the same.
+    XLA's CPU backend orders a program without regard to memory: there its peak is the same.
     """
     import jax
 
     def kept(remat, n_layer):
-        model, function = gradients_with_dropout(remat, n_layer)
+        model, function = block_dropout(remat, n_layer)
 
-        def residuals(values):
+        def stateless(values):
             with keras.StatelessScope(state_mapping=list(zip(model.trainable_variables, values, strict=True))):
-                return jax.vjp(lambda x: function(), values)[1]
+                return function()
 
-        arrays = jax.tree.leaves(jax.eval_shape(residuals, [v.value for v in model.trainable_variables]))
+        values = [v.value for v in model.trainable_variables]
+        arrays = jax.tree.leaves(jax.eval_shape(lambda x: jax.vjp(stateless, x)[1], values))
         return sum(a.size * a.dtype.itemsize for a in arrays)
 
-    assert kept(True, 4) - kept(True, 1) < (kept(False, 4) - kept(False, 1)) / 10
+    block = 4 * (B * T * 15 + 12 * 15**2 + 13 * 15)
+    assert kept(True, 4) - kept(True, 1) <= 3 * block < (kept(False, 4) - kept(False, 1)) / 5
 
 
 def memory(folder):
-    """Largest memory of this process after steps that need more and more of it, on TensorFlow."""
+    """Largest memory of this process, in bytes, after things that need more and more of it, on TensorFlow."""
     model = {"n_layer": 8, "n_embd": 48, "n_ctx": 96, "n_vocab": 8009}
-    tokens = some_tokens(16, 97)
-    peaks = {}
-    for name, options in {
-        "both": {"remat": True, "loss_chunk": 100},
-        "chunk": {"loss_chunk": 100},
-        "neither": {},
-    }.items():
-        step = build(model=model, batch_size=16, **options)
-        step(tokens, 0)
-        if name != "neither":
-            step.losses(tokens)
-        peaks[name] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"peaks": peaks, "unit": 1 if sys.platform == "darwin" else 1024}
+    tokens, unit = some_tokens(16, 97), 1 if sys.platform == "darwin" else 1024
+
+    def peak(after):
+        after()
+        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    steps = [
+        build(model=model, batch_size=16, **o) for o in (dict(remat=True, loss_chunk=100), dict(loss_chunk=100), {})
+    ]
+    both, chunk, neither = steps
+    return {
+        "both": peak(lambda: both(tokens, 0)),
+        "validated": peak(lambda: both.losses(tokens)),
+        "chunk": peak(lambda: chunk(tokens, 0)),
+        "neither": peak(lambda: neither(tokens, 0)),
+    }
 
 
 @tensorflow_only
 def test_chunks_and_rematerialisation_take_less_memory(processes):
-    """What each saves, in bytes: at least half of what it is there to save."""
-    found = processes["memory"].result()
-    both, chunk, neither = (found["unit"] * found["peaks"][name] for name in ("both", "chunk", "neither"))
-    assert neither - chunk > 4 * 16 * 96 * 8009 / 2, "logits"
+    """At least half of what each is there to save."""
+    peaks = processes["memory"].result()
+    logits = 4 * 16 * 96 * 8009
     kept = 7 * 4 * (16 * 96 * 48 * 15 + 2 * 16 * 3 * 96 * 96)  # of 7 layers: 15 rows of D, scores and weights
-    assert chunk - both > kept / 2, "activations"
+    assert peaks["validated"] - peaks["both"] < logits / 2
+    assert peaks["chunk"] - peaks["both"] > kept / 2
+    assert peaks["neither"] - peaks["chunk"] > logits / 2
 
 
 # --- frozen variables, gradients that are not finite ------------------------------------------------------------------
@@ -354,7 +361,7 @@ def frozen():
 
 
 def test_frozen_variables_stay_and_have_no_slots(frozen):
-    step, before, after = frozen
+    _, before, after = frozen
     still = {path for path in before if path.startswith("model/") and np.array_equal(before[path], after[path])}
     attention = {f"model/h0/attn/{name}/{kind}" for name in ("c_attn", "c_proj") for kind in "wb"}
     assert still == {"model/wpe"} | attention
@@ -423,11 +430,12 @@ def test_h1_is_not_h10():
             self.path = path
 
     class Model:
-        blocks = ()
-        trainable_variables = [Named(f"model/{name}/w") for name in ("h1/mlp", "h10/mlp", "h1/attn", "wte")]
+        def __init__(self):
+            self.blocks = ()
+            self.trainable_variables = [Named(f"model/{x}/w") for x in ("h1/mlp", "h10/mlp", "h1/attn", "wte")]
 
-    assert [v.path for v in trained_variables(Model, ["h1"])] == ["model/h10/mlp/w", "model/wte/w"]
-    assert [v.path for v in trained_variables(Model, ["mlp", "/wte/"])] == ["model/h1/attn/w"]
+    assert [v.path for v in trained_variables(Model(), ["h1"])] == ["model/h10/mlp/w", "model/wte/w"]
+    assert [v.path for v in trained_variables(Model(), ["mlp", "/wte/"])] == ["model/h1/attn/w"]
 
 
 # --- dropout ----------------------------------------------------------------------------------------------------------
@@ -436,7 +444,7 @@ def test_h1_is_not_h10():
 @pytest.fixture(scope="module")
 def still():
     """Losses of two parts, of one sequence each, with dropout, of a model that never changes: f(tokens, index)."""
-    step = build(learning_rate=0.0, accumulate=2, batch_size=2, model=WET)
+    step = build(learning_rate=0.0, accumulate=2, batch_size=2, model={"resid_pdrop": 0.3})
     return lambda tokens, index: float(step(tokens, index)["loss"])
 
 
@@ -475,12 +483,12 @@ def masks(seed, step, monkeypatch):
 
 
 def test_every_dropout_has_a_mask_of_its_own(monkeypatch):
-    """Embeddings, then weights, attention and MLP of each layer; over two seeds and three steps none is there twice."""
-    found = {(seed, step): masks(seed, step, monkeypatch) for seed in (0, 7) for step in (0, 1, 2)}
+    """Embeddings, then weights, attention and MLP of each layer; over two seeds and two steps none is there twice."""
+    found = {(seed, step): masks(seed, step, monkeypatch) for seed in (0, 7) for step in (0, 1)}
     assert [rate for rate, _, _ in found[0, 0]] == [0.1] + 3 * [0.2, 0.3, 0.3]
     every = [tuple(mask) for case in found.values() for _, _, mask in case]
-    assert len(set(every)) == len(every) == 6 * 10
-    assert len({tuple(pair) for case in found.values() for _, pair, _ in case}) == 60
+    assert len(set(every)) == len(every) == 4 * 10
+    assert len({tuple(pair) for case in found.values() for _, pair, _ in case}) == 40
     again = masks(7, 1, monkeypatch)
     assert [tuple(mask) for _, _, mask in again] == [tuple(mask) for _, _, mask in found[7, 1]]
 
@@ -562,10 +570,9 @@ def test_rounding_is_a_function_of_its_seed():
     assert tuple(rounded(x, 0, 1)) == results[0, 1]
 
 
-def optimized(values, gradients, rate, dtype="bfloat16", **options):
+def optimized(optimizer, values, gradients, dtype="bfloat16"):
     """Variables [step][variable] as float32 and all slots by name, after steps with the same compiled update."""
     variables = [keras.Variable(value, dtype=dtype, name=f"x{i}") for i, value in enumerate(values)]
-    optimizer = Adafactor(rate, **options)
     optimizer.build(variables)
     state, slots, after = [v.value for v in variables], [v.value for v in optimizer.variables], []
     if BACKEND == "jax":
@@ -593,7 +600,10 @@ def test_small_updates_are_not_lost():
     ones, steps = np.ones((31, 43), np.float32), 50
     gradients = steps * [[ones, ones]]
     expected = (1 - 1e-4) ** steps
-    after = {how: optimized([ones, ones], gradients, 1e-4, rounding=how) for how in ("nearest", "stochastic", "master")}
+    after = {
+        how: optimized(Adafactor(1e-4, rounding=how), [ones, ones], gradients)
+        for how in ("nearest", "stochastic", "master")
+    }
     assert all((x == 1).all() for x in after["nearest"][0][-1])
     moved, slots = after["stochastic"]
     for x in moved[-1]:
@@ -608,7 +618,7 @@ def test_small_updates_are_not_lost():
 
 def test_variables_and_steps_are_rounded_by_noise_of_their_own():
     ones = np.ones((31, 43), np.float32)
-    cases = [optimized([ones, ones], 2 * [[ones, ones]], 1e-3, seed=seed)[0] for seed in (0, 0, 1)]
+    cases = [optimized(Adafactor(1e-3, seed=seed), [ones, ones], 2 * [[ones, ones]])[0] for seed in (0, 0, 1)]
     (first, second), (again, _), (other, _) = cases
     down = [x < 1 for x in (first[0], first[1], other[0], other[1])]
     down.append((second[0] < first[0]) & ~down[0])  # those that moved in the second step
@@ -625,10 +635,11 @@ def test_a_master_follows_the_float32_run():
     """The same gradients for 20 steps: the master is the float32 variable, and the variable is its nearest."""
     random = np.random.default_rng(8)
     values = [random.standard_normal(shape).astype(bfloat16).astype(np.float32) for shape in ((7, 5), (13,))]
-    gradients = [[random.standard_normal(x.shape).astype(bfloat16).astype(np.float32) for x in values] for _ in range(20)]  # fmt: skip
+    gradients = [[random.standard_normal(x.shape).astype(bfloat16) for x in values] for _ in range(20)]
+    gradients = [[g.astype(np.float32) for g in part] for part in gradients]
     options = dict(beta1=0.9, weight_decay=0.1)
-    exact, _ = optimized(values, gradients, 1e-2, dtype="float32", **options)
-    ours, slots = optimized(values, gradients, 1e-2, rounding="master", **options)
+    exact, _ = optimized(Adafactor(1e-2, **options), values, gradients, "float32")
+    ours, slots = optimized(Adafactor(1e-2, rounding="master", **options), values, gradients)
     for i, x in enumerate(exact[-1]):
         assert relative_error(slots[f"x{i}_master"], x) < 1e-6
         np.testing.assert_array_equal(ours[-1][i], slots[f"x{i}_master"].astype(bfloat16).astype(np.float32))
@@ -649,42 +660,53 @@ def one_step(config):
         train.train(config.replace(max_minutes=1e-9))
 
 
-@pytest.mark.parametrize("rounding", ["stochastic", "master"])
-def test_bfloat16_parameters_go_on_bit_for_bit(corpus, tmp_path, rounding):
-    whole = configuration(
-        corpus, tmp_path / "whole", dtype="bfloat16", max_steps=3, warmup_steps=0, checkpoint_every=9, validate_every=9,
-        optimizer_options={"rounding": rounding, "seed": 3},
+@pytest.fixture(scope="module", params=["stochastic", "master"])
+def low(request, corpus, tmp_path_factory) -> TrainConfig:
+    """A finished run with bfloat16 parameters."""
+    config = configuration(
+        corpus, tmp_path_factory.mktemp("low") / "run", model=DRY, dtype="bfloat16", max_steps=2, warmup_steps=0,
+        schedule="constant", validate_every=9, optimizer_options={"rounding": request.param, "seed": 3},
     )  # fmt: skip
-    train.train(whole)
-    parts = whole.replace(run_dir=str(tmp_path / "parts"))
-    one_step(parts)
+    train.train(config)
+    return config
+
+
+def test_bfloat16_parameters_go_on_bit_for_bit(low, tmp_path):
+    parts = low.replace(run_dir=str(tmp_path / "parts"))
     one_step(parts)
     train.train(parts)
-    assert_same_run(whole.run_dir, parts.run_dir)
-    arrays = state_of(whole.run_dir)
+    assert_same_run(low.run_dir, parts.run_dir)
+
+
+def test_a_checkpoint_of_bfloat16_parameters(low):
+    """Norms are float32, as are all slots; a master's parameter is it rounded."""
+    arrays = state_of(low.run_dir)
     parameters = {path: a for path, a in arrays.items() if path.startswith("model/")}
     norms = {path for path in parameters if "/ln_" in path}
     assert {path for path, a in parameters.items() if a.dtype == bfloat16} == parameters.keys() - norms
     assert all(parameters[path].dtype == np.float32 for path in norms)
-    assert {a.dtype for path, a in arrays.items() if path.endswith(("_v", "_v_row", "_v_col", "_master"))} == {np.dtype(np.float32)}  # fmt: skip
-    masters = [path for path in arrays if path.endswith("_master")]
-    assert len(masters) == (len(parameters) - len(norms)) * (rounding == "master")
-    for path in masters:
-        (parameter,) = [a for p, a in parameters.items() if path == f"adafactor/{p.replace('/', '_')}_master"]
-        np.testing.assert_array_equal(arrays[path].astype(bfloat16), parameter)
-    model, info = checkpoint.load(whole.run_dir)
+    slots = {path: a for path, a in arrays.items() if path.startswith("adafactor/") and a.ndim}
+    assert {a.dtype for a in slots.values()} == {np.dtype(np.float32)}
+    masters = {f"adafactor/{path.replace('/', '_')}_master": path for path in parameters.keys() - norms}
+    if low.optimizer_options["rounding"] == "master":
+        assert masters.keys() == {path for path in slots if path.endswith("_master")}
+        for master, path in masters.items():
+            np.testing.assert_array_equal(arrays[master].astype(bfloat16), arrays[path])
+    else:
+        assert not masters.keys() & slots.keys()
+    model, info = checkpoint.load(low.run_dir)
     assert info["dtype"] == "bfloat16"
     for v in model.trainable_variables:
         assert keras.backend.standardize_dtype(v.dtype) == str(parameters[v.path].dtype)
         np.testing.assert_array_equal(as_float32(v.value), parameters[v.path].astype(np.float32))
 
 
-def test_variables_frozen_later_keep_what_they_had_learnt(corpus, tmp_path):
-    config = configuration(corpus, tmp_path / "run", warmup_steps=0, model=DRY, max_steps=2)
-    one_step(config)
-    before = state_of(config.run_dir)
-    train.train(config.replace(freeze=["wte", "h0/mlp"], allow_changes=["freeze"]))
-    after = state_of(config.run_dir)
+@pytest.mark.parametrize("low", ["stochastic"], indirect=True)
+def test_variables_frozen_later_keep_what_they_had_learnt(low, tmp_path):
+    config = low.replace(run_dir=str(shutil.copytree(low.run_dir, tmp_path / "run")))
+    train.train(config.replace(max_steps=3, freeze=["wte", "h0/mlp"], allow_changes=["freeze", "max_steps"]))
+    before, after = state_of(low.run_dir), state_of(config.run_dir)
+    assert int(after["step"]) == 3
     for path in (p for p in after if p.startswith("model/")):
         same = np.array_equal(before[path], after[path])
         assert same == ("wte" in path or "mlp" in path), path
@@ -826,6 +848,11 @@ def start(name, folder, **environment):
     return Process([__file__, name, folder], folder / f"{name}.log", **environment)
 
 
+def virtual(n):
+    """XLA_FLAGS for so many devices, and to compile, which takes more time here than to run, with little ado."""
+    return f"--xla_force_host_platform_device_count={n} --xla_backend_optimization_level=0"
+
+
 def start_hosts(config, log):
     """The command line on two hosts with four devices each."""
     with socket.socket() as free:
@@ -836,7 +863,7 @@ def start_hosts(config, log):
     return [
         Process(
             ["-m", "gpt2lib.train", path, "--distributed"], log.with_suffix(f".{host}.log"),
-            XLA_FLAGS="--xla_force_host_platform_device_count=4", KERAS_DISTRIBUTION_JOB_ADDRESSES=address,
+            XLA_FLAGS=virtual(4), KERAS_DISTRIBUTION_JOB_ADDRESSES=address,
             KERAS_DISTRIBUTION_NUM_PROCESSES="2", KERAS_DISTRIBUTION_PROCESS_ID=str(host),
         )
         for host in range(2)
@@ -856,7 +883,7 @@ def processes(request, folder):
     started = {}
     if any("processes" in item.function.__code__.co_varnames for item in request.session.items):
         if BACKEND == "jax":
-            started["eight"] = start("eight", folder, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+            started["eight"] = start("eight", folder, XLA_FLAGS=virtual(8))
             hosts = start_hosts(several(folder, "adafactor", run_dir="adafactor on 2x4", sharded=True), folder / "2x4")
             started |= {f"host {i}": process for i, process in enumerate(hosts)}
         else:
