@@ -747,6 +747,26 @@ def test_loss_spikes(long, tmp_path, monkeypatch):
     assert_same_bits(newest(tmp_path / "run", "incidents")[1], long.states[kept[-1]])
 
 
+def test_a_spike_just_before_the_end(long, tmp_path, monkeypatch):
+    """Step 62 has been started, and has changed nothing, when the loss of step 61 is looked at."""
+
+    def look(step, index, take):
+        if index == 61:
+            return {"loss": math.nan, "gradient_norm": math.nan, "failed": 61}
+        measures = take()
+        return measures | ({"loss": measures["loss"] + 50} if index == 60 else {})
+
+    watch(monkeypatch, look)
+    config = long.config.replace(run_dir=str(tmp_path / "run"))
+    with pytest.warns(UserWarning, match="step 61:"), pytest.raises(TrainingError, match="step 62:"):
+        train(config)
+    incidents = whole_lines(tmp_path / "run" / "incidents.jsonl")
+    assert [(i["step"], i["state"]) for i in incidents] == [(n, "incidents/step-00000061") for n in (61, 62)]
+    step, arrays = newest(tmp_path / "run", "incidents")
+    assert step == 61
+    assert_same_bits(arrays, long.states[61])
+
+
 @pytest.mark.parametrize("rate", [1e14, 1e38], ids=["the loss is not finite", "the parameters are not finite"])
 def test_a_loss_that_is_not_finite(corpus, tmp_path, rate):
     """A real divergence: the state before the failing step is kept, whether or not that step is logged.
