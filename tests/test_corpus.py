@@ -9,6 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from gpt2lib.checkpoint import CheckpointError, load_tokenizer
 from gpt2lib.corpus import build, docstrings, files
 from gpt2lib.data import Corpus, CorpusError
 from gpt2lib.tokenizer import Tokenizer
@@ -220,3 +221,31 @@ def test_build_from_docstrings(package, tmp_path):
     manifest = build(folder, n_vocab=258, validation_fraction=0.4, progress=False, packages=[package])
     assert manifest["source"]["packages"] == {"tale-teller": "1.2"}
     assert sum(Corpus(folder).n_documents(split) for split in ("train", "validation")) == 5
+
+
+def test_a_book_is_cut_at_paragraphs(tmp_path):
+    """Nothing is lost, no part is longer than asked unless one paragraph is, and both splits get some."""
+    paragraphs = [f"Paragraph {i} says: {'word ' * (i % 17)}\n\n" for i in range(200)]
+    paragraphs[7] = f"{'x' * 900}\n\n\n"
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "book.txt").write_text("".join(paragraphs))
+    parts = list(files.cut("".join(paragraphs), 500))
+    assert "".join(parts) == "".join(paragraphs)
+    assert all(len(part) <= 500 or part == paragraphs[7] for part in parts)
+    assert min(map(len, parts[:-1])) > 250, "parts are filled"
+    with pytest.raises(CorpusError, match="validation"):
+        build(tmp_path / "whole", tmp_path / "text", n_vocab=300, progress=False)
+    manifest = build(tmp_path / "cut", tmp_path / "text", n_vocab=300, cut_bytes=500, progress=False)
+    counts = {split: sum(shard["documents"] for shard in shards) for split, shards in manifest["splits"].items()}
+    assert counts["train"] + counts["validation"] == len(set(parts)) and counts["validation"] > 0
+    corpus = Corpus(tmp_path / "cut")
+    again = build(
+        tmp_path / "given", tmp_path / "text", tokenizer=load_tokenizer(tmp_path / "cut"), cut_bytes=400, progress=False
+    )
+    assert again["tokenizer"]["hash"] == corpus.tokenizer.hash
+    assert again["source"]["cut_bytes"] == 400, "another cut is another corpus"
+
+
+def test_a_folder_without_a_tokenizer(tmp_path):
+    with pytest.raises(CheckpointError, match="vocab.bpe"):
+        load_tokenizer(tmp_path)

@@ -193,7 +193,7 @@ def at(index, do):
         return step
     gpt2lib.train.make_step = made
 """
-DEADLINE = 60  # seconds that any one thing may take on a busy machine
+DEADLINE = 300  # seconds that any one thing may take on a busy machine
 
 
 class Process:
@@ -319,9 +319,14 @@ sys.addaudithook(hook)
 """
 FULL = """
 import os, resource
+unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
 def full():
-    size = os.path.getsize(METRICS) + 100
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (os.path.getsize(METRICS) + 100, unlimited[1]))
+def save(*args, save=gpt2lib.checkpoint.save):
+    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    return save(*args)
+gpt2lib.checkpoint.save = save
+at(41, full)
 """
 
 
@@ -341,14 +346,14 @@ def test_one_run_stopped_in_every_way(start, reference, tmp_path):
     assert stopped(-signal.SIGTERM, "import os, signal\nat(30, lambda: os.kill(os.getpid(), signal.SIGTERM))") == 31
 
     metrics = tmp_path / "run" / "metrics.jsonl"
-    process = start(config, f"{AT}METRICS = {str(metrics)!r}\n{FULL}\nat(36, full)")
-    assert process.wait() == 1
+    process = start(config, f"{AT}METRICS = {str(metrics)!r}{FULL}")
+    assert process.wait() == 1, "where a line is cut off, no checkpoint is saved, even if there is space for one"
     assert "metrics.jsonl" in process.said() and "space" in process.said() and process.said().count("\n") == 0
     assert newest(config.run_dir)[0] == 35
-    assert len(read_history(config.run_dir)["train"]) == 36, "a broken line does not hide those before it"
+    assert len(read_history(config.run_dir)["train"]) == 41, "a broken line does not hide those before it"
 
     process = start(config)
-    process.until(lambda: steps_logged(config.run_dir) > 40, "it goes on")
+    process.until(lambda: steps_logged(config.run_dir) > 45, "it goes on")
     process.send(signal.SIGINT)
     assert process.wait() == -signal.SIGINT, process.said()
     assert "go on" in process.said() and "Traceback" not in process.said()
@@ -751,7 +756,7 @@ def test_a_spike_just_before_the_end(long, tmp_path, monkeypatch):
     """Step 62 has been started, and has changed nothing, when the loss of step 61 is looked at."""
 
     def look(step, index, take):
-        if index == 61:
+        if index >= 61:
             return {"loss": math.nan, "gradient_norm": math.nan, "failed": 61}
         measures = take()
         return measures | ({"loss": measures["loss"] + 50} if index == 60 else {})
