@@ -207,6 +207,14 @@ def anonymous_memory() -> int:
     return int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
+def peak_memory() -> int:
+    """The most bytes that this process has held. What getrusage says may be its parent's: exec does not reset it."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def _timed(function) -> float:
     began = time.perf_counter()
     function()
@@ -235,7 +243,7 @@ def _work(kind, **options):
         try:
             answer(worker.send(line.strip()))
         except StopIteration as end:
-            answer({**(end.value or {}), "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024})
+            answer({**(end.value or {}), "peak_bytes": peak_memory()})
             return
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import resource
 import shutil
 import socket
 import subprocess
@@ -21,6 +20,7 @@ from test_train import assert_same_run, configuration, state_of, write
 
 from gpt2lib import checkpoint, device, train
 from gpt2lib.adafactor import Adafactor, round_stochastically
+from gpt2lib.benchmark import peak_memory
 from gpt2lib.config import SIZES, ConfigError, TrainConfig
 from gpt2lib.model import GPT2, initial_values, nll
 from gpt2lib.seed import FixedSeed
@@ -323,11 +323,11 @@ def test_rematerialisation_keeps_the_inputs_of_blocks_only():
 def memory(folder):
     """Largest memory of this process, in bytes, after things that need more and more of it, on TensorFlow."""
     model = {"n_layer": 8, "n_embd": 48, "n_ctx": 96, "n_vocab": 8009}
-    tokens, unit = some_tokens(16, 97), 1 if sys.platform == "darwin" else 1024
+    tokens = some_tokens(16, 97)
 
     def peak(after):
         after()
-        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak_memory()
 
     steps = [
         build(model=model, batch_size=16, **o) for o in (dict(remat=True, loss_chunk=100), dict(loss_chunk=100), {})
