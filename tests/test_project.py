@@ -140,3 +140,14 @@ def test_readme_says_what_was_recorded(study, suffix):
         f"{bigram['loss']:.2f}",
     ]
     assert f"| {' | '.join(cells)} |" in (ROOT / "README.md").read_text()
+
+
+def test_readme_says_how_fast_it_was():
+    """A row for each precision and batch of the benchmark."""
+    rows = json.loads((ROOT / "reports" / "benchmark" / "08_benchmark.json").read_text())["numbers"]["training"]
+    readme = (ROOT / "README.md").read_text()
+    for ours, peer, fused in zip(rows[::3], rows[1::3], rows[2::3], strict=True):
+        cells = [f"{ours['precision']}, {ours['batch']}", f"{ours['tokens/s']:.0f}"]
+        for other in (peer, fused):
+            cells += [f"{other['tokens/s']:.0f}", f"{other['ours / it']:.2f}"]
+        assert f"| {' | '.join(cells)} |" in readme
