@@ -49,8 +49,6 @@ class OwnKernel(AsyncKernelManager):
     that another environment's `python3` would answer, with other packages.
     """
 
-    shutdown_wait_time = 300.0  # seconds from an interrupt to its end by force: a training saves first
-
     @property
     def kernel_spec(self) -> KernelSpec:
         quiet = ["--log-level=CRITICAL"]  # an error of a cell is in the notebook; the rest is about Jupyter
@@ -336,6 +334,16 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _interrupt(number, frame):
+    """What Ctrl-C does, and SIGTERM, which a machine gets that is taken back: a training is interrupted and saves."""
+    OwnKernel.shutdown_wait_time = 300.0  # seconds until the kernel is ended by force
+    for name in ("asyncio", "papermill"):  # what still waits for the cell may say that its kernel has died
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the kernel is interrupted and may save
+    for interrupt in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(interrupt) is not signal.SIG_IGN:
+            signal.signal(interrupt, _interrupt)
     sys.exit(main())

@@ -1,5 +1,6 @@
 """Runs that are killed, stopped, cut short by a full disk or a loss that runs away, fine-tuned, refused."""
 
+import contextlib
 import json
 import math
 import os
@@ -283,15 +284,22 @@ def test_killed_at_random_moments(start, reference, tmp_path):
         elif moment == "step":
             lines = steps_logged(config.run_dir)
             some = choose.randrange(1, 12)
-            process.until(lambda: steps_logged(config.run_dir) not in range(lines - 7, lines + some), "it goes on")  # noqa: B023
+            moved = lambda: steps_logged(config.run_dir) not in range(lines - 7, lines + some)  # noqa: B023, E731
+            process.until(lambda: moved() or process.ended(), "it goes on")  # noqa: B023
             process.ended(choose.uniform(0, 0.01))
         else:
-            part = tmp_path / "run" / "checkpoints" / f".step-{saved + 7 * choose.randrange(1, 3):08d}.part"
-            process.until(part.exists, "it saves")
+            at = min(saved + 7 * choose.randrange(1, 3), config.max_steps)
+            part = tmp_path / "run" / "checkpoints" / f".step-{at:08d}.part"
+            # It is there for some milliseconds, which a busy machine may miss.
+            process.until(lambda: part.exists() or process.ended() or steps_logged(config.run_dir) > at, "it saves")  # noqa: B023
             process.ended(choose.uniform(0, 0.005))
-        process.send(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, (moment, process.said())
-        saved = reference.check(config.run_dir)
+        with contextlib.suppress(ProcessLookupError):
+            process.send(signal.SIGKILL)
+        finished = process.wait() == 0  # before the signal came
+        assert finished or process.status == -signal.SIGKILL, (moment, process.said())
+        saved = reference.check(config.run_dir, finished)
+        if finished:
+            break
     assert start(config).wait() == 0
     reference.check(config.run_dir, finished=True)
     assert shown(config.run_dir) == scalars(config.run_dir)
