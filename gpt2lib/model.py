@@ -93,8 +93,10 @@ class Conv1D(_Layer):
         self.w, self.b = self.weight("w", (shape[-1], self.nf)), self.weight("b", (self.nf,))
 
     def call(self, x):
-        y = ops.matmul(ops.reshape(x, (-1, x.shape[-1])), self.w) + self.b  # as matrices TensorFlow fuses the two
-        return ops.reshape(y, (*ops.shape(x)[:-1], self.nf))
+        y, b = ops.matmul(ops.reshape(x, (-1, x.shape[-1])), self.w), self.b  # TensorFlow fuses matrix and vector
+        if keras.backend.backend() == "jax":  # so that XLA sums the gradient of b in float32 under every policy
+            b = ops.cast(ops.broadcast_to(ops.cast(b, "float32"), ops.shape(y)), y.dtype)
+        return ops.reshape(y + b, (*ops.shape(x)[:-1], self.nf))
 
 
 class Attention(_Layer):
@@ -168,7 +170,7 @@ class GPT2(keras.Model):
         config: `ModelConfig`.
         init: a name in `INITS`, or a function `(path, shape) -> float32 array` (this is how checkpoints are read).
         seed: of the initial values and of dropout.
-        dtype: a Keras dtype policy; norms, softmax and logits stay float32. With `mixed_bfloat16` all parameters do
+        dtype: a Keras dtype policy; norms, softmax, these logits stay float32. With `mixed_bfloat16` all parameters do
             too, with `bfloat16` only those of the norms.
         remat: in training, keep only the inputs of the blocks and compute the blocks again for their gradients.
     """

@@ -161,14 +161,13 @@ def test_accumulated_gradients_are_clipped_like_those_of_keras(plain):
 
 
 def test_bfloat16_compute_keeps_float32_parameters_and_gradients(plain):
-    """Also in parts, to two bfloat16 spacings: each part's gradient is rounded to half of one of its own, which may be
-    larger than the mean's."""
+    """Also in parts, to a bfloat16 spacing: each part's gradient is rounded to half of one, and so is the whole's."""
     whole, parts = build(dtype="mixed_bfloat16"), build(dtype="mixed_bfloat16", accumulate=2)
     for step in (whole, parts):
         loss = float(step(some_tokens(), 0)["loss"])
         assert 0 < abs(loss / plain[0] - 1) < 2**-8, "computed in bfloat16"
         assert {a.dtype for a in step.arrays().values() if a.ndim} == {np.dtype(np.float32)}
-    assert_close(gradients_in(parts), gradients_in(whole), 2**-6)
+    assert_close(gradients_in(parts), gradients_in(whole), 2**-7)
     before = whole.arrays()
     losses = [float(whole(some_tokens(seed=2), 1)["loss"])]
     whole.assign(before)
