@@ -84,7 +84,7 @@ def train_ours(shape, batch_size, dtype, steps=2, loop_steps=20):
     config = TrainConfig(
         corpus="", run_dir="", optimizer="adamw", learning_rate=1e-4, weight_decay=0.01, dtype=dtype,
         batch_size=batch_size, max_steps=loop_steps, warmup_steps=1, checkpoint_every=loop_steps,
-        validate_every=loop_steps, validation_windows=1, model=shape.to_dict(),
+        validate_every=loop_steps, validation_windows=2, model=shape.to_dict(),
     )  # fmt: skip
     step = training._build(config, shape, device.places())
     tokens = random.integers(0, shape.n_vocab, (batch_size, shape.n_ctx + 1))

@@ -166,11 +166,14 @@ class TrainConfig(_Strict):
         super().__post_init__()
         for name in (
             "max_steps", "batch_size", "accumulate", "loss_chunk", "devices", "log_every", "validate_every",
-            "validation_windows", "checkpoint_every", "keep_checkpoints",
+            "checkpoint_every", "keep_checkpoints",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"TrainConfig.{name} must be at least 1, got {value}")
+        if self.validation_windows < 2:
+            few = self.validation_windows
+            raise ConfigError(f"TrainConfig.validation_windows must be at least 2, for a standard error, got {few}")
         for name in ("max_minutes", "spike_deviations", "clip_norm"):
             value = getattr(self, name)
             if value is not None and not value > 0:

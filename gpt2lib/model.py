@@ -117,14 +117,14 @@ class Attention(_Layer):
         b, n, t, h = ops.shape(x)
         return ops.reshape(ops.transpose(x, (0, 2, 1, 3)), (b, t, n * h))
 
-    def call(self, x, past=None, position=0, hidden=None, seed=None):
+    def call(self, x, past=None, position=0, bias=None, seed=None):
         q, k, v = (self.split_heads(part) for part in ops.split(self.c_attn(x), 3, axis=-1))  # 3 x [B, N, T, H]
         if past is not None:  # write the T new keys and values behind the `position` old ones: [B, N, S, H]
             k = ops.slice_update(past[0], (0, 0, position, 0), ops.cast(k, past[0].dtype))
             v = ops.slice_update(past[1], (0, 0, position, 0), ops.cast(v, past[1].dtype))
         q = q / math.sqrt(self.config.n_embd // self.config.n_head)
         scores = ops.matmul(q, ops.swapaxes(k, -1, -2))  # [B, N, T, H] @ [B, N, H, S] -> [B, N, T, S]
-        scores = ops.cast(scores, "float32") + ops.cast(hidden, "float32")  # Keras casts what a layer is given
+        scores = ops.cast(scores, "float32") + ops.cast(bias, "float32")  # Keras casts what a layer is given
         weights = ops.softmax(scores) if scores.shape[-1] != 1 else ops.ones_like(scores)  # Keras warns of a lone 1
         weights = ops.cast(weights, self.compute_dtype)
         weights = dropout(weights, self.config.attn_pdrop, seed and seed.child(1))
@@ -156,8 +156,8 @@ class Block(_Layer):
         for layer in (self.ln_1, self.attn, self.ln_2, self.mlp):
             layer.build(shape)
 
-    def call(self, x, past=None, position=0, hidden=None, seed=None):
-        a, present = self.attn(self.ln_1(x), past=past, position=position, hidden=hidden, seed=seed)
+    def call(self, x, past=None, position=0, bias=None, seed=None):
+        a, present = self.attn(self.ln_1(x), past=past, position=position, bias=bias, seed=seed)
         x = x + a
         x = x + self.mlp(self.ln_2(x), seed=seed)
         return x, present
@@ -170,7 +170,7 @@ class GPT2(keras.Model):
         config: `ModelConfig`.
         init: a name in `INITS`, or a function `(path, shape) -> float32 array` (this is how checkpoints are read).
         seed: of the initial values and of dropout.
-        dtype: a Keras dtype policy; norms, softmax, these logits stay float32. With `mixed_bfloat16` all parameters do
+        dtype: a Keras dtype policy; norms, softmax and logits stay float32. With `mixed_bfloat16` all parameters do
             too, with `bfloat16` only those of the norms.
         remat: in training, keep only the inputs of the blocks and compute the blocks again for their gradients.
     """
@@ -221,12 +221,12 @@ class GPT2(keras.Model):
             where = ops.clip(where - start[:, None], 0, self.config.n_ctx - 1)  # [B, T]
         if training and seed is None:
             seed = FixedSeed(*ops.unstack(self.dropout_seed.next()))
-        hidden = ops.where(visible, 0.0, -1e10)  # added to scores
+        bias = ops.where(visible, 0.0, -1e10)  # of the scores: [T, S] or [B, 1, T, S]
         x = look_up(self.wte, tokens) + look_up(self.wpe, where)
         x = dropout(ops.cast(x, self.compute_dtype), self.config.embd_pdrop, seed)  # [B, T, D]
         present = []
         for i, block in enumerate(self.blocks):
-            options = dict(hidden=hidden, seed=seed and seed.child(4 * i + 4))
+            options = dict(bias=bias, seed=seed and seed.child(4 * i + 4))
             if training and self.remat:
                 x = keras.remat(lambda x, block=block, options=options: block(x, **options)[0])(x)
             else:

@@ -63,6 +63,11 @@ def trained_variables(model, freeze) -> list:
     return trained
 
 
+def held_variables(model, trained) -> list:
+    """The variables that a run does not change."""
+    return [v for v in model.trainable_variables if not any(v is t for t in trained)]
+
+
 def _product(a, b):
     """A matrix product, always float32: JAX adds up in float32, TensorFlow rounds the sum to the type of a and b."""
     if keras.backend.backend() == "jax":
@@ -70,6 +75,11 @@ def _product(a, b):
 
         return numpy.matmul(a, b, preferred_element_type="float32")
     return ops.cast(ops.matmul(a, b), "float32")
+
+
+def _width(b, t, chunk):
+    """Positions that are taken at once, so that B of each make about `chunk` tokens."""
+    return t if chunk is None else min(t, max(1, chunk // b))
 
 
 def cross_entropy(h, wte, labels, dtype="float32", chunk=None):
@@ -80,7 +90,7 @@ def cross_entropy(h, wte, labels, dtype="float32", chunk=None):
     `dtype`; the softmax is float32.
     """
     b, t, d = h.shape
-    width = t if chunk is None else min(t, max(1, chunk // b))  # positions in a part
+    width = _width(b, t, chunk)
 
     def part(h, wte, labels):  # [B, W, D], [V, D], [B, W] -> nats; their gradients [B, W, D] and [V, D]
         low, h = ops.cast(wte, dtype), ops.cast(h, dtype)
@@ -128,7 +138,7 @@ def losses_of(model, windows, chunk):
     """Nats [W, T] of windows [W, T + 1], without dropout; with `chunk` the logits of about so many tokens at a time."""
     (h, _), labels = model.hidden(windows[:, :-1]), windows[:, 1:]
     b, t, d = h.shape
-    width = t if chunk is None else min(t, max(1, chunk // b))  # positions in a part
+    width = _width(b, t, chunk)
     if width == t:
         return nll(model.logits(h), labels)
 
@@ -200,7 +210,7 @@ def jax_step(model, optimizer, trained, config, mesh):
     from jax import lax, numpy
     from jax.sharding import NamedSharding, PartitionSpec
 
-    held = [v for v in model.trainable_variables if not any(v is t for t in trained)]
+    held = held_variables(model, trained)
     everywhere = NamedSharding(mesh, PartitionSpec())
     devices = keras.distribution.DeviceMesh((mesh.size,), ["data"], mesh.devices)
     layouts = keras.distribution.LayoutMap(devices)
@@ -267,7 +277,7 @@ class JaxStep:
         from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
         self.model, self.optimizer, self.trained, self.slots = model, optimizer, trained, optimizer.variables
-        self.held = [v for v in model.trainable_variables if not any(v is t for t in trained)]
+        self.held = held_variables(model, trained)
         mesh = Mesh(np.array(devices), ("data",))
         self.rows, self.everywhere = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
 
@@ -303,10 +313,6 @@ class JaxStep:
 
         value = np.asarray(value)
         return jax.make_array_from_callback(value.shape, layout, lambda index: value[index])
-
-    def learning_rate(self, index) -> float:
-        """The rate of step `index`, from 0."""
-        return float(self.optimizer._learning_rate(index))
 
     def __call__(self, tokens, index, measure_sizes=True):
         import jax
@@ -413,10 +419,6 @@ class TensorFlowStep:
         self._gradients = tf.function(gradients_of, autograph=False)
         self._apply = tf.function(apply, autograph=False, jit_compile=fused)
         self._losses = tf.function(lambda w: losses_of(model, w, config.loss_chunk), autograph=False)
-
-    def learning_rate(self, index) -> float:
-        """The rate of step `index`, from 0."""
-        return float(self.optimizer._learning_rate(index))
 
     def __call__(self, tokens, index, measure_sizes=True):
         import tensorflow as tf

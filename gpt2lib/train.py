@@ -187,7 +187,8 @@ def _check_same_run(config, corpus, info):
 def model_config(config: TrainConfig, corpus: Corpus, resumed: dict | None = None) -> ModelConfig:
     """The model of a run. With `init_from` that checkpoint's, with the dropout rates of `config.model`.
 
-    `resumed` are the fields of the model that the run has already: then `init_from` need not be there any more.
+    `resumed` are the fields of the model that the run has already: then `init_from` need not be there any more. Where
+    it is gone and nothing is given, what the run's folder holds counts.
     ConfigError naming the field in which they differ; CorpusError if the corpus has another tokenizer.
     """
     if config.init_from is None:
@@ -195,6 +196,9 @@ def model_config(config: TrainConfig, corpus: Corpus, resumed: dict | None = Non
         if shape.n_vocab < corpus.n_vocab:
             raise ConfigError(f"model.n_vocab is {shape.n_vocab}, but {config.corpus} has {corpus.n_vocab} words")
         return shape
+    begun = checkpoint.list_steps(Path(config.run_dir) / "checkpoints")
+    if resumed is None and begun and not Path(config.init_from).exists():
+        resumed = checkpoint.pretrained_config(config.run_dir).to_dict()
     shape = ModelConfig.from_dict(resumed) if resumed else checkpoint.pretrained_config(config.init_from)
     asked = config.model_config(shape.n_vocab).to_dict() if config.size else {**shape.to_dict(), **config.model}
     for name, value in asked.items():
@@ -415,9 +419,10 @@ def train(config: TrainConfig, restart: bool = False) -> dict:
         result = total(window_losses(step.losses, validation, rows))
         if not math.isfinite(result.loss):
             raise TrainingError(f"the validation loss after step {done} is {result.loss}; lower the learning rate")
+        error = None if math.isnan(result.standard_error) else result.standard_error  # of one window
         write(
             {"step": done, "tokens_seen": done * batch_tokens, "validation_loss": result.loss,
-             "validation_loss_se": result.standard_error, "seconds": round(seconds, 3)}
+             "validation_loss_se": error, "seconds": round(seconds, 3)}
         )  # fmt: skip
 
     def save(folder="checkpoints", at=None, keep=config.keep_checkpoints, **more):
@@ -489,7 +494,7 @@ def train(config: TrainConfig, restart: bool = False) -> dict:
                     line = {
                         "step": done,
                         "tokens_seen": done * batch_tokens,
-                        "learning_rate": step.learning_rate(done - 1),
+                        "learning_rate": float(step.optimizer._learning_rate(done - 1)),
                     }
                     line |= {name: float(value) for name, value in measures.items() if name != "failed"}
                     write({**line, "tokens_per_second": round(speed, 1), "seconds": round(seconds, 3)})

@@ -38,3 +38,11 @@ def relative_error(a, b) -> float:
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     assert a.shape == b.shape, f"{a.shape} is not {b.shape}"
     return float(np.max(np.abs(a - b)) / np.max(np.abs(b)))
+
+
+def assert_same_bits(a: dict, b: dict):
+    """Arrays of the same names, types, shapes and bytes."""
+    assert a.keys() == b.keys()
+    for name in a:
+        assert (a[name].dtype, a[name].shape) == (b[name].dtype, b[name].shape), name
+        assert a[name].tobytes() == b[name].tobytes(), name

@@ -12,7 +12,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, assert_same_bits
 from literal import distinctive
 
 from gpt2lib import checkpoint
@@ -29,13 +29,6 @@ OTHER = {"tensorflow": "jax", "jax": "tensorflow"}[keras.backend.backend()]
 
 def arrays_of(model) -> dict:
     return {v.path: np.asarray(v.value) for v in model.trainable_variables}
-
-
-def assert_same_bits(a: dict, b: dict):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert (a[name].dtype, a[name].shape) == (b[name].dtype, b[name].shape), name
-        assert a[name].tobytes() == b[name].tobytes(), name
 
 
 def sentence(error) -> str:

@@ -148,7 +148,8 @@ def test_a_study_from_the_first_run_to_the_last(root, capfd, monkeypatch):
         assert study.main(["reports/s", *options]) == 0
         printed = capfd.readouterr()  # of the kernels as well
         *lines, last = printed.out.splitlines()
-        assert not printed.err
+        ours = [line for line in printed.err.splitlines() if "src/signaler.cpp" not in line]  # libzmq, at an end
+        assert not ours
         assert last == f"Report: reports/s/{options[1] if options else '01_tiny-b'}.ipynb"
         return [line.split("-")[1][0] for line in lines if "done in" in line]
 

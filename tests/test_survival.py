@@ -22,7 +22,7 @@ import keras
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, assert_same_bits
 from literal import gpt2
 from literal import nll as literal_nll
 from test_train import documents, write
@@ -34,7 +34,7 @@ from gpt2lib.data import Batches, Corpus, CorpusError, validation_windows, write
 from gpt2lib.evaluate.loss import loss_function, total, window_losses
 from gpt2lib.model import GPT2
 from gpt2lib.tokenizer import Tokenizer
-from gpt2lib.train import Stopped, TrainingError, read_history, read_metrics, train
+from gpt2lib.train import Stopped, TrainingError, model_config, read_history, read_metrics, train
 
 BACKEND = keras.backend.backend()
 T, B = 11, 4
@@ -89,13 +89,6 @@ def newest(run_dir, folder="checkpoints"):
     """(step, arrays) of the newest checkpoint, which is intact; step 0 without one."""
     found = checkpoint.read(Path(run_dir) / folder)
     return (found[1]["step"], found[0]) if found else (0, {})
-
-
-def assert_same_bits(a: dict, b: dict):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert (a[name].dtype, a[name].shape) == (b[name].dtype, b[name].shape), name
-        assert a[name].tobytes() == b[name].tobytes(), name
 
 
 def sentence(error) -> str:
@@ -1021,6 +1014,8 @@ def test_fine_tuning_openais(golden, corpus, tmp_path, monkeypatch):
         with pytest.raises(Unreadable):
             train(config)
     shutil.rmtree(source)
+    shape = model_config(config, Corpus(corpus))
+    assert (shape.n_ctx, shape.n_embd, shape.resid_pdrop) == (19, 15, 0.25)
     history = train(config)
     assert abs(history["validation"][0]["validation_loss"] - expected) < 1e-5
     assert [line["step"] for line in history["train"]] == [1, 2, 3, 4]
