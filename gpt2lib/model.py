@@ -47,6 +47,18 @@ def initial_values(config, init: str, seed: int):
     return values
 
 
+def fused(function):
+    """`function(*tensors)`, of whose operations XLA makes a few loops: for much memory and little arithmetic.
+
+    JAX does so with the whole program around it. TensorFlow's own operations take a pass over memory each.
+    """
+    if keras.backend.backend() == "jax":
+        return function
+    import tensorflow as tf
+
+    return tf.function(function, autograph=False, jit_compile=True)
+
+
 def dropout(x, rate, seed):
     """x with a share `rate` of its entries 0 and the others 1 / (1 - rate) times as large; without a seed as it is."""
     return keras.random.dropout(x, rate, seed=seed) if seed is not None and rate else x
@@ -77,9 +89,7 @@ class Norm(_Layer):
         self.g, self.b = self.weight("g", (shape[-1],)), self.weight("b", (shape[-1],))
 
     def call(self, x):
-        centred = x - ops.mean(x, axis=-1, keepdims=True)
-        variance = ops.mean(ops.square(centred), axis=-1, keepdims=True)
-        return centred * ops.rsqrt(variance + 1e-5) * self.g + self.b
+        return layer_norm(x, ops.copy(self.g), ops.copy(self.b))
 
 
 class Conv1D(_Layer):
@@ -207,8 +217,11 @@ class GPT2(keras.Model):
         zeros = ops.zeros((batch, c.n_head, length, c.n_embd // c.n_head), self.compute_dtype)
         return [(zeros, zeros) for _ in self.blocks]
 
-    def hidden(self, tokens, past=None, position=0, start=None, training=False, seed=None):
-        """The last norm's output [B, T, D] float32 and the cache with these tokens. Arguments as `call`."""
+    def hidden(self, tokens, past=None, position=0, start=None, training=False, seed=None, rows=None):
+        """The last norm's output [B, T, D] float32 and the cache with these tokens. Arguments as `call`.
+
+        `rows` [B, T, D]: the rows of wte, from a caller that has looked them up.
+        """
         t = ops.shape(tokens)[1]
         if isinstance(t, int) and t > self.config.n_ctx and start is None:
             raise ValueError(f"{t} tokens are more than the context of {self.config.n_ctx}; shorten the text")
@@ -222,7 +235,7 @@ class GPT2(keras.Model):
         if training and seed is None:
             seed = FixedSeed(*ops.unstack(self.dropout_seed.next()))
         bias = ops.where(visible, 0.0, -1e10)  # of the scores: [T, S] or [B, 1, T, S]
-        x = look_up(self.wte, tokens) + look_up(self.wpe, where)
+        x = (look_up(self.wte, tokens) if rows is None else rows) + look_up(self.wpe, where)
         x = dropout(ops.cast(x, self.compute_dtype), self.config.embd_pdrop, seed)  # [B, T, D]
         present = []
         for i, block in enumerate(self.blocks):
@@ -255,25 +268,61 @@ class GPT2(keras.Model):
         return self.logits(h) if past is None else (self.logits(h), present)
 
 
+@fused
+def _norm_forward(x, g, b):
+    centred = x - ops.mean(x, axis=-1, keepdims=True)
+    scale = ops.rsqrt(ops.mean(ops.square(centred), axis=-1, keepdims=True) + 1e-5)
+    normed = centred * scale
+    return normed * g + b, normed, scale
+
+
+@fused
+def _norm_gradients(normed, scale, g, upstream):
+    axes = tuple(range(len(normed.shape) - 1))
+    slope = upstream * g
+    back = slope - ops.mean(slope, axis=-1, keepdims=True) - normed * ops.mean(slope * normed, axis=-1, keepdims=True)
+    return scale * back, ops.sum(upstream * normed, axis=axes), ops.sum(upstream, axis=axes)
+
+
+def layer_norm(x, g, b):
+    """Layer normalisation of x [..., D] over its last axis, epsilon 1e-5, times g [D], plus b [D]."""
+
+    @ops.custom_gradient
+    def function(x, g, b):
+        y, normed, scale = _norm_forward(x, g, b)
+
+        def gradient(*args, upstream=None):
+            return _norm_gradients(normed, scale, g, args[0] if upstream is None else upstream)
+
+        return y, gradient
+
+    return function(x, g, b)
+
+
+@fused
+def _gelu_and_slope(x):
+    a, b = 2 * math.sqrt(2 / math.pi), 2 * math.sqrt(2 / math.pi) * 0.044715
+    z = ops.cast(x, "float32")
+    square = z * z
+    s = ops.sigmoid(z * (a + b * square))
+    y = z * s
+    return ops.cast(y, x.dtype), ops.cast(s + y * (1 - s) * (a + 3 * b * square), x.dtype)
+
+
 def gelu(x):
     """OpenAI's GELU: x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2, here x sigmoid(2 sqrt(2 / pi) (...)).
 
     In float32 inside; of all that, only the slope is kept for the gradient.
     """
-    a, b = 2 * math.sqrt(2 / math.pi), 2 * math.sqrt(2 / math.pi) * 0.044715
 
     @ops.custom_gradient
     def function(x):
-        z = ops.cast(x, "float32")
-        square = z * z
-        s = ops.sigmoid(z * (a + b * square))
-        y = z * s
-        slope = ops.cast(s + y * (1 - s) * (a + 3 * b * square), x.dtype)
+        y, slope = _gelu_and_slope(x)
 
         def gradient(*args, upstream=None):
             return (args[0] if upstream is None else upstream) * slope
 
-        return ops.cast(y, x.dtype), gradient
+        return y, gradient
 
     return function(x)
 

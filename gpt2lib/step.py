@@ -14,7 +14,7 @@ from keras import ops
 
 from gpt2lib.adafactor import Adafactor
 from gpt2lib.config import ConfigError, nearest
-from gpt2lib.model import nll
+from gpt2lib.model import fused, look_up, nll
 from gpt2lib.schedule import Warmup, WarmupCosine
 from gpt2lib.seed import FixedSeed
 
@@ -69,12 +69,12 @@ def held_variables(model, trained) -> list:
 
 
 def _product(a, b):
-    """A matrix product, always float32: JAX adds up in float32, TensorFlow rounds the sum to the type of a and b."""
+    """A matrix product: float32 with JAX, whatever a and b are; TensorFlow rounds the sums to their type."""
     if keras.backend.backend() == "jax":
         from jax import numpy
 
         return numpy.matmul(a, b, preferred_element_type="float32")
-    return ops.cast(ops.matmul(a, b), "float32")
+    return ops.matmul(a, b)
 
 
 def _width(b, t, chunk):
@@ -82,56 +82,91 @@ def _width(b, t, chunk):
     return t if chunk is None else min(t, max(1, chunk // b))
 
 
+@fused
+def _nats_and_slope(logits, labels, dtype):
+    """The nats of labels [B, W] in all, and their slope by the logits [B, W, V], in `dtype`."""
+    z = ops.cast(logits, "float32")
+    z = z - ops.max(z, axis=-1, keepdims=True)
+    e = ops.exp(z)
+    total = ops.sum(e, axis=-1, keepdims=True)
+    nats = ops.log(total) - ops.take_along_axis(z, labels[..., None], axis=-1)
+    return ops.sum(nats), ops.cast(e / total - ops.one_hot(labels, z.shape[-1], dtype="float32"), dtype)
+
+
 def cross_entropy(h, wte, labels, dtype="float32", chunk=None):
     """Mean negative log-likelihood in nats of labels [B, T], given h [B, T, D] and the output matrix wte [V, D].
 
-    Equal to the mean of `nll(logits)`, but the gradients are made while the logits are at hand: no logits are kept for
-    later, and with `chunk` only those of about that many tokens exist at a time. The three matrix products run in
-    `dtype`; the softmax is float32.
+    Equal to the mean of `nll(logits)`. With `chunk`, the gradients are made while the logits are at hand, and only the
+    logits of about that many tokens exist at a time. The three matrix products run in `dtype`; the softmax is float32.
     """
     b, t, d = h.shape
     width = _width(b, t, chunk)
 
-    def part(h, wte, labels):  # [B, W, D], [V, D], [B, W] -> nats; their gradients [B, W, D] and [V, D]
-        low, h = ops.cast(wte, dtype), ops.cast(h, dtype)
-        logits = ops.log_softmax(_product(h, ops.transpose(low)))  # [B, W, V]
-        nats = -ops.sum(ops.take_along_axis(logits, labels[..., None], axis=-1))
-        slope = ops.cast(ops.exp(logits) - ops.one_hot(labels, wte.shape[0], dtype="float32"), dtype)
-        rows = ops.reshape(slope, (-1, wte.shape[0]))  # [B * W, V]
-        return nats, _product(slope, low), _product(ops.transpose(rows), ops.reshape(h, (-1, d)))
+    def part(h, wte, labels):  # [B, W, D], [V, D], [B, W] -> their nats, and a function that makes the gradients
+        low = ops.cast(wte, dtype)
+        logits = _product(ops.cast(h, dtype), ops.transpose(low))  # [B, W, V]
+        nats, slope = _nats_and_slope(logits, labels, dtype)
+
+        def gradients(scale):
+            rows = ops.reshape(ops.cast(h * scale, dtype), (-1, d))
+            dwte = _product(ops.transpose(ops.reshape(slope, (-1, wte.shape[0]))), rows)
+            return ops.cast(_product(slope, low), "float32") * scale, ops.cast(dwte, "float32")
+
+        return nats, gradients
 
     @ops.custom_gradient
     def mean(h, wte):
         if width == t:
-            nats, dh, dwte = part(h, wte, labels)
+            nats, gradients = part(h, wte, labels)
         else:
+
+            def parts(h, labels):
+                nats, gradients = part(h, wte, labels)
+                return nats, *gradients(1 / (b * t))
 
             def body(i, state):
                 nats, dh, dwte = state
                 rows = ops.slice(h, (0, i * width, 0), (b, width, d))
-                more, dh_part, dwte_part = part(rows, wte, ops.slice(labels, (0, i * width), (b, width)))
+                more, dh_part, dwte_part = parts(rows, ops.slice(labels, (0, i * width), (b, width)))
                 return nats + more, ops.slice_update(dh, (0, i * width, 0), dh_part), dwte + dwte_part
 
             zeros = (ops.zeros((), "float32"), ops.zeros((b, t, d), "float32"), ops.zeros(wte.shape, "float32"))
             nats, dh, dwte = ops.fori_loop(0, t // width, body, zeros)
             if rest := t % width:
-                more, dh_part, dwte_part = part(h[:, -rest:], wte, labels[:, -rest:])
+                more, dh_part, dwte_part = parts(h[:, -rest:], labels[:, -rest:])
                 nats, dwte = nats + more, dwte + dwte_part
                 dh = ops.concatenate([dh[:, :-rest], dh_part], axis=1)
 
         def gradient(*args, upstream=None):
-            scale = (args[0] if upstream is None else upstream) / (b * t)
-            return scale * dh, scale * dwte
+            scale = args[0] if upstream is None else upstream
+            return gradients(scale / (b * t)) if width == t else (scale * dh, scale * dwte)
 
         return nats / (b * t), gradient
 
     return mean(h, ops.cast(wte, "float32"))
 
 
+def _tied(wte, tokens):
+    """The rows of tokens, and wte [V, D] for the logits. TensorFlow adds one's gradient to the other's."""
+    if keras.backend.backend() == "jax":  # which over several devices would exchange both
+        return look_up(wte, tokens), wte
+    import tensorflow as tf
+
+    @tf.custom_gradient
+    def both(wte):
+        def gradient(rows, dense):
+            return tf.tensor_scatter_nd_add(dense, tokens[..., None], tf.cast(rows, dense.dtype))
+
+        return (tf.gather(wte, tokens), tf.identity(wte)), gradient
+
+    return both(wte)
+
+
 def loss_of(model, tokens, seed, chunk):
     """Mean nats per token of tokens [B, T + 1], with the dropout of a seed, for the gradient."""
-    h, _ = model.hidden(tokens[:, :-1], training=True, seed=seed)
-    return cross_entropy(h, ops.convert_to_tensor(model.wte), tokens[:, 1:], model.compute_dtype, chunk)
+    rows, wte = _tied(ops.convert_to_tensor(model.wte), tokens[:, :-1])
+    h, _ = model.hidden(tokens[:, :-1], rows=rows, training=True, seed=seed)
+    return cross_entropy(h, wte, tokens[:, 1:], model.compute_dtype, chunk)
 
 
 def losses_of(model, windows, chunk):
@@ -154,7 +189,12 @@ def losses_of(model, windows, chunk):
 
 
 def _sum_of_squares(arrays):
-    return sum(ops.sum(ops.square(ops.cast(a, "float32"))) for a in arrays)
+    arrays = [ops.cast(a, "float32") for a in arrays]
+    if keras.backend.backend() == "jax":
+        return sum(ops.sum(ops.square(a)) for a in arrays)
+    import tensorflow as tf
+
+    return 2 * sum(tf.nn.l2_loss(a) for a in arrays)  # in one pass
 
 
 def _sizes(before, after):

@@ -124,6 +124,7 @@ def plain():
 
 
 def test_gradients_are_those_of_autodiff(plain):
+    """Both are float32: beside float64's, ours are off by up to 6e-7 here and autodiff's by up to 1.4e-6."""
     loss, gradients, norm, step = plain
     model = GPT2(step.model.config, seed=0)
     tokens = some_tokens()
@@ -131,7 +132,7 @@ def test_gradients_are_those_of_autodiff(plain):
         lambda: ops.mean(nll(model(tokens[:, :-1], training=True), tokens[:, 1:])), model.trainable_variables
     )
     assert abs(loss - expected_loss) < 1e-6 * expected_loss
-    assert_close(gradients, {v.path: g for v, g in zip(model.trainable_variables, expected, strict=True)}, 1e-6)
+    assert_close(gradients, {v.path: g for v, g in zip(model.trainable_variables, expected, strict=True)}, 2e-6)
     assert abs(norm / np.sqrt(sum(np.sum(g.astype(np.float64) ** 2) for g in expected)) - 1) < 1e-6
 
 
