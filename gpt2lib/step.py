@@ -21,6 +21,9 @@ from gpt2lib.seed import FixedSeed
 _OPTIMIZERS = {"adafactor": Adafactor, "adamw": keras.optimizers.AdamW}
 
 
+_COEFFICIENTS = {"beta_1", "beta_2", "epsilon"}  # AdamW's options that change no operation of it
+
+
 def make_optimizer(config):
     """The optimizer of a run, with its schedule: `WarmupCosine`, or Adafactor's default when the rate is None."""
     rate = config.learning_rate
@@ -448,17 +451,42 @@ class TensorFlowStep:
             return strategy.run(local, args=(tokens, index))
 
         def apply(gradients):
-            if replicas == 1:
+            if simple:
+                self._adamw(gradients)
+            elif replicas == 1:
                 optimizer.apply(gradients, trained)
             else:  # where Keras sums over the devices
                 strategy.run(lambda g: optimizer.apply([x / replicas for x in g], trained), args=(gradients,))
             self._refresh()
 
-        # XLA makes one pass over the parameters of AdamW's ten; Adafactor's means gain nothing by it.
-        fused = replicas == 1 and config.optimizer == "adamw"
+        # AdamW in one pass over its arrays. Adafactor's means gain nothing by XLA.
+        simple = replicas == 1 and config.optimizer == "adamw" and config.optimizer_options.keys() <= _COEFFICIENTS
         self._gradients = tf.function(gradients_of, autograph=False)
-        self._apply = tf.function(apply, autograph=False, jit_compile=fused)
+        self._apply = tf.function(apply, autograph=False)
         self._losses = tf.function(lambda w: losses_of(model, w, config.loss_chunk), autograph=False)
+
+    def _adamw(self, gradients):
+        """`optimizer.apply` for AdamW, by a program for each shape where Keras makes operations for each variable."""
+        import tensorflow as tf
+
+        optimizer = self.optimizer
+        slots = {v.path: v.value for v in optimizer.variables}
+        step, rate = tf.cast(optimizer.iterations.value + 1, "float32"), tf.cast(optimizer.learning_rate, "float32")
+        beta_1, beta_2 = optimizer.beta_1, optimizer.beta_2
+        alpha = rate * tf.sqrt(1 - beta_2**step) / (1 - beta_1**step)
+
+        @tf.function(autograph=False, jit_compile=True)
+        def update(variable, momentum, velocity, gradient, alpha, decay):
+            gradient = tf.cast(gradient, variable.dtype)
+            m = momentum.assign_add((gradient - momentum) * (1 - beta_1))
+            v = velocity.assign_add((gradient * gradient - velocity) * (1 - beta_2))
+            variable.assign(variable - variable * decay - m * alpha / (tf.sqrt(v) + optimizer.epsilon))
+
+        for variable, gradient in zip(self.trained, gradients, strict=True):
+            slot = f"{optimizer.name}/{variable.path.replace('/', '_')}"
+            momentum, velocity = slots[f"{slot}_momentum"], slots[f"{slot}_velocity"]
+            update(variable.value, momentum, velocity, gradient, alpha, rate * optimizer.weight_decay)
+        optimizer.iterations.assign_add(1)
 
     def __call__(self, tokens, index, measure_sizes=True):
         import tensorflow as tf
