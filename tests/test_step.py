@@ -161,6 +161,23 @@ def test_accumulated_gradients_are_clipped_like_those_of_keras(plain):
     assert_close(gradients_in(step), expected, 1e-6)
 
 
+@tensorflow_only
+def test_adamw_in_one_pass_is_that_of_keras():
+    """`amsgrad=False` is Keras' default, but leaves the update to Keras."""
+    changes = {"weight_decay": 0.1, "clip_norm": 0.5, "warmup_steps": 2}
+    options = {"beta_1": 0.8, "beta_2": 0.97, "epsilon": 1e-6}
+    ours = build(optimizer_options=options, **changes)
+    theirs = build(optimizer_options=options | {"amsgrad": False}, **changes)
+    first = ours.arrays()
+    for i in range(4):
+        sizes = [step(some_tokens(seed=i), i) for step in (ours, theirs)]
+    assert abs(sizes[0]["parameter_rms"] / sizes[1]["parameter_rms"] - 1) < 1e-6
+    ours, theirs = ours.arrays(), theirs.arrays()
+    assert ours["adamw/iteration"] == theirs["adamw/iteration"] == 4
+    assert_close({k: v - first[k] for k, v in ours.items()}, {k: v - first[k] for k, v in theirs.items()}, 1e-4)
+    assert_close(ours, theirs, 1e-5)
+
+
 def test_bfloat16_compute_keeps_float32_parameters_and_gradients(plain):
     """Also in parts, to a bfloat16 spacing: each part's gradient is rounded to half of one, and so is the whole's."""
     whole, parts = build(dtype="mixed_bfloat16"), build(dtype="mixed_bfloat16", accumulate=2)
