@@ -150,7 +150,7 @@ def cross_entropy(h, wte, labels, dtype="float32", chunk=None):
 
 
 def _tied(wte, tokens):
-    """The rows of tokens, and wte [V, D] for the logits. TensorFlow adds one's gradient to the other's."""
+    """The rows [B, T, D] of tokens [B, T], and wte [V, D] for the logits. TensorFlow adds up their gradients."""
     if keras.backend.backend() == "jax":  # which over several devices would exchange both
         return look_up(wte, tokens), wte
     import tensorflow as tf
@@ -466,7 +466,10 @@ class TensorFlowStep:
         self._losses = tf.function(lambda w: losses_of(model, w, config.loss_chunk), autograph=False)
 
     def _adamw(self, gradients):
-        """`optimizer.apply` for AdamW, by a program for each shape where Keras makes operations for each variable."""
+        """`optimizer.apply` for AdamW (Loshchilov and Hutter 2019, algorithm 2; decay times the rate, as Keras has it).
+
+        One program for each shape, not operations for each variable, which starts sooner.
+        """
         import tensorflow as tf
 
         optimizer = self.optimizer
