@@ -64,21 +64,28 @@ def describe() -> str:
     return f"Keras {keras.__version__} on {backend} {version}, {where}"
 
 
-def compiled(model, function):
-    """`function(*tensors)` compiled, reading the variables of `model` as they are at each call.
+def functional(model, function):
+    """`f(values of model.variables, *tensors)` of a `function(*tensors)` that reads those variables (JAX).
 
-    Under JAX the variables travel as arguments: a traced closure would bake their values into the program.
+    A traced closure would bake their values into the program.
     """
+    import keras
+
+    def run(values, *args):
+        with keras.StatelessScope(state_mapping=list(zip(model.variables, values, strict=True))):
+            return function(*args)
+
+    return run
+
+
+def compiled(model, function):
+    """`function(*tensors)` compiled, reading the variables of `model` as they are at each call."""
     import keras
 
     if keras.backend.backend() == "jax":
         import jax
 
-        @jax.jit
-        def run(values, *args):
-            with keras.StatelessScope(state_mapping=list(zip(model.variables, values, strict=True))):
-                return function(*args)
-
+        run = jax.jit(functional(model, function))
         return lambda *args: run([v.value for v in model.variables], *args)
 
     import tensorflow as tf

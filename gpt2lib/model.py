@@ -11,8 +11,9 @@ import keras
 import numpy as np
 from keras import ops
 
+from gpt2lib import attention
 from gpt2lib.config import ConfigError, nearest
-from gpt2lib.seed import FixedSeed
+from gpt2lib.seed import FixedSeed, keep
 
 # Standard deviation of a kernel [nx, nf] by its path, nx and the number of layers; wte has 0.02, wpe 0.01 in all.
 INITS = {
@@ -61,7 +62,29 @@ def fused(function):
 
 def dropout(x, rate, seed):
     """x with a share `rate` of its entries 0 and the others 1 / (1 - rate) times as large; without a seed as it is."""
-    return keras.random.dropout(x, rate, seed=seed) if seed is not None and rate else x
+    if seed is None or not rate:
+        return x
+    if keras.backend.backend() != "jax":
+        return keras.random.dropout(x, rate, seed=seed)
+    return _drop(x, rate, seed.key())
+
+
+def _drop(x, rate, key):
+    """Dropout whose gradient makes the mask again instead of keeping it. JAX."""
+    import jax
+    from jax import lax
+
+    def masked(x, key):
+        row, stride = 0, 1
+        for axis in reversed(range(x.ndim - 1)):
+            row += stride * lax.broadcasted_iota("int32", (*x.shape[:-1], 1), axis)
+            stride *= x.shape[axis]
+        kept = keep(key, row, lax.broadcasted_iota("int32", x.shape, x.ndim - 1), rate)
+        return ops.where(kept, x / (1 - rate), ops.zeros_like(x))
+
+    function = jax.custom_vjp(masked)
+    function.defvjp(lambda x, key: (masked(x, key), key), lambda key, upstream: (masked(upstream, key), None))
+    return function(x, key)
 
 
 class _Layer(keras.layers.Layer):
@@ -127,20 +150,27 @@ class Attention(_Layer):
         b, n, t, h = ops.shape(x)
         return ops.reshape(ops.transpose(x, (0, 2, 1, 3)), (b, t, n * h))
 
-    def call(self, x, past=None, position=0, bias=None, seed=None):
-        q, k, v = (self.split_heads(part) for part in ops.split(self.c_attn(x), 3, axis=-1))  # 3 x [B, N, T, H]
+    def call(self, x, past=None, position=0, bias=None, tpu=None, seed=None):
+        qkv, drop = self.c_attn(x), seed and seed.child(1)  # [B, T, 3D]
+        q, k, v = (self.split_heads(part) for part in ops.split(qkv, 3, axis=-1))  # 3 x [B, N, T, H]
         if past is not None:  # write the T new keys and values behind the `position` old ones: [B, N, S, H]
             k = ops.slice_update(past[0], (0, 0, position, 0), ops.cast(k, past[0].dtype))
             v = ops.slice_update(past[1], (0, 0, position, 0), ops.cast(v, past[1].dtype))
+        if tpu is None:
+            a = self.attend(q, k, v, bias, drop)
+        else:
+            a = attention.attend(qkv, self.config.n_head, self.config.attn_pdrop, drop, tpu)
+        a = self.c_proj(a)  # [B, T, D]
+        return dropout(a, self.config.resid_pdrop, seed and seed.child(2)), (k, v)
+
+    def attend(self, q, k, v, bias, seed):  # [B, N, T, H], 2 x [B, N, S, H] -> [B, T, D]
         q = q / math.sqrt(self.config.n_embd // self.config.n_head)
         scores = ops.matmul(q, ops.swapaxes(k, -1, -2))  # [B, N, T, H] @ [B, N, H, S] -> [B, N, T, S]
         scores = ops.cast(scores, "float32") + ops.cast(bias, "float32")  # Keras casts what a layer is given
         weights = ops.softmax(scores) if scores.shape[-1] != 1 else ops.ones_like(scores)  # Keras warns of a lone 1
         weights = ops.cast(weights, self.compute_dtype)
-        weights = dropout(weights, self.config.attn_pdrop, seed and seed.child(1))
-        a = ops.matmul(weights, v)  # [B, N, T, S] @ [B, N, S, H] -> [B, N, T, H]
-        a = self.c_proj(self.merge_heads(a))  # [B, T, D]
-        return dropout(a, self.config.resid_pdrop, seed and seed.child(2)), (k, v)
+        weights = dropout(weights, self.config.attn_pdrop, seed)
+        return self.merge_heads(ops.matmul(weights, v))  # [B, N, T, S] @ [B, N, S, H] -> [B, N, T, H] -> [B, T, D]
 
 
 class MLP(_Layer):
@@ -166,11 +196,18 @@ class Block(_Layer):
         for layer in (self.ln_1, self.attn, self.ln_2, self.mlp):
             layer.build(shape)
 
-    def call(self, x, past=None, position=0, bias=None, seed=None):
-        a, present = self.attn(self.ln_1(x), past=past, position=position, bias=bias, seed=seed)
+    def call(self, x, past=None, position=0, bias=None, tpu=None, seed=None):
+        a, present = self.attn(self.ln_1(x), past=past, position=position, bias=bias, tpu=tpu, seed=seed)
         x = x + a
         x = x + self.mlp(self.ln_2(x), seed=seed)
         return x, present
+
+
+def _tpu():
+    """The mesh of TPUs that a program is being made for, where it says so by Keras' distribution; else None."""
+    distribution = keras.distribution.distribution()
+    mesh = distribution and distribution.device_mesh.backend_mesh
+    return mesh if mesh is not None and mesh.devices.flat[0].platform == "tpu" else None
 
 
 class GPT2(keras.Model):
@@ -237,9 +274,15 @@ class GPT2(keras.Model):
         bias = ops.where(visible, 0.0, -1e10)  # of the scores: [T, S] or [B, 1, T, S]
         x = (look_up(self.wte, tokens) if rows is None else rows) + look_up(self.wpe, where)
         x = dropout(ops.cast(x, self.compute_dtype), self.config.embd_pdrop, seed)  # [B, T, D]
-        present = []
+        plain = (
+            past is None
+            and start is None
+            and isinstance(t, int)
+            and attention.fits(t, self.config.n_embd, self.config.n_head)
+        )
+        tpu, present = _tpu() if plain else None, []
         for i, block in enumerate(self.blocks):
-            options = dict(bias=bias, seed=seed and seed.child(4 * i + 4))
+            options = dict(bias=bias, tpu=tpu, seed=seed and seed.child(4 * i + 4))
             if training and self.remat:
                 x = keras.remat(lambda x, block=block, options=options: block(x, **options)[0])(x)
             else:

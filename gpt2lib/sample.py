@@ -41,7 +41,7 @@ def choose(logits, temperature, top_k, top_p, use_top_p, seed):
     return ops.cast(keras.random.categorical(logits, 1, seed=seed)[:, 0], "int32")
 
 
-def _program(model, length, space, greedy, top_k, use_top_p):
+def program(model, length, space, greedy, top_k, use_top_p):
     """`f(tokens [B, T], start [B], temperature, top_p, seed, end) -> new tokens [B, length]`, not yet compiled."""
 
     def run(tokens, start, temperature, top_p, seed, end):
@@ -118,7 +118,7 @@ def generate(
     key = (tokens.shape, length, greedy, top_k, top_p < 1)
     programs = model.__dict__.setdefault("_programs", {})
     if key not in programs:
-        programs[key] = compiled(model, _program(model, length, width + length, greedy, top_k, top_p < 1))
+        programs[key] = compiled(model, program(model, length, width + length, greedy, top_k, top_p < 1))
     seed = secrets.randbits(31) if seed is None else seed
     floats = [ops.convert_to_tensor(value, "float32") for value in (temperature or 1.0, top_p)]
     tokens, start, seed, end_id = (ops.convert_to_tensor(value, "int32") for value in (tokens, start, seed, end))

@@ -14,7 +14,7 @@ from keras import ops
 
 from gpt2lib.adafactor import Adafactor
 from gpt2lib.config import ConfigError, nearest
-from gpt2lib.model import fused, look_up, nll
+from gpt2lib.model import GPT2, fused, look_up, nll
 from gpt2lib.schedule import Warmup, WarmupCosine
 from gpt2lib.seed import FixedSeed
 
@@ -69,6 +69,14 @@ def trained_variables(model, freeze) -> list:
 def held_variables(model, trained) -> list:
     """The variables that a run does not change."""
     return [v for v in model.trainable_variables if not any(v is t for t in trained)]
+
+
+def make_parts(config, shape, init):
+    """The model of a run, its optimizer, and the variables that it changes; `init` as in `GPT2`."""
+    model = GPT2(shape, init=init, seed=config.seed, dtype=config.dtype, remat=config.remat)
+    optimizer, trained = make_optimizer(config), trained_variables(model, config.freeze)
+    optimizer.build(trained)
+    return model, optimizer, trained
 
 
 def _product(a, b):
@@ -242,6 +250,15 @@ def jax_layout(mesh, shape, sharded: bool):
     return NamedSharding(mesh, PartitionSpec(*["data" if a == cut else None for a in range(len(shape))]))
 
 
+def _distribution(mesh):
+    """Keras' name for it, under which the batch stays on its devices and parameters come to it."""
+    devices = keras.distribution.DeviceMesh((mesh.size,), ["data"], mesh.devices)
+    layouts = keras.distribution.LayoutMap(devices)
+    for outputs in ("ln_.", "c_attn", "c_fc", "c_proj", "mlp"):
+        layouts[f"{outputs}/output"] = keras.distribution.TensorLayout(("data", None, None), devices)
+    return keras.distribution.ModelParallel(layout_map=layouts, batch_dim_name="data", auto_shard_dataset=False)
+
+
 def jax_step(model, optimizer, trained, config, mesh):
     """The train step of a run as a pure function of arrays, to be compiled with `jax_layout`s over `mesh`.
 
@@ -254,12 +271,7 @@ def jax_step(model, optimizer, trained, config, mesh):
     from jax.sharding import NamedSharding, PartitionSpec
 
     held = held_variables(model, trained)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    devices = keras.distribution.DeviceMesh((mesh.size,), ["data"], mesh.devices)
-    layouts = keras.distribution.LayoutMap(devices)
-    for outputs in ("ln_.", "c_attn", "c_fc", "c_proj", "mlp"):  # the batch stays on its devices, parameters come to it
-        layouts[f"{outputs}/output"] = keras.distribution.TensorLayout(("data", None, None), devices)
-    distribution = keras.distribution.ModelParallel(layout_map=layouts, batch_dim_name="data", auto_shard_dataset=False)
+    everywhere, distribution = NamedSharding(mesh, PartitionSpec()), _distribution(mesh)
 
     def loss(values, frozen, tokens, count):
         mapping = [*zip(trained, values, strict=True), *zip(held, frozen, strict=True)]
@@ -309,6 +321,43 @@ def jax_step(model, optimizer, trained, config, mesh):
     return step
 
 
+class JaxPrograms:
+    """What a run compiles over the devices of a mesh, and where the arrays lie: nothing here has values.
+
+    `step(state, frozen, tokens, index)` is `jax_step`; `losses(trained, frozen, windows [W, T + 1])` gives nats [W, T].
+    """
+
+    def __init__(self, model, optimizer, trained, config, mesh):
+        import jax
+        from jax.sharding import NamedSharding, PartitionSpec
+
+        self.trained, self.slots, self.held = trained, optimizer.variables, held_variables(model, trained)
+        self.rows, self.everywhere = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+
+        def layouts(variables):
+            return [jax_layout(mesh, tuple(v.shape), config.sharded) for v in variables]
+
+        self.layouts = {"trained": layouts(trained), "slots": layouts(self.slots), "failed": self.everywhere}
+        self.frozen_layouts = layouts(self.held)
+        self.step = jax.jit(
+            jax_step(model, optimizer, trained, config, mesh),
+            in_shardings=(self.layouts, self.frozen_layouts, self.rows, self.everywhere),
+            out_shardings=(self.layouts, self.everywhere),
+            donate_argnums=0,
+        )
+
+        def losses(values, frozen, windows):
+            mapping = [*zip(trained, values, strict=True), *zip(self.held, frozen, strict=True)]
+            with _distribution(mesh).scope(), keras.StatelessScope(state_mapping=mapping):
+                return losses_of(model, windows, config.loss_chunk)
+
+        self.losses = jax.jit(
+            losses,
+            in_shardings=(self.layouts["trained"], self.frozen_layouts, self.rows),
+            out_shardings=self.everywhere,
+        )
+
+
 class JaxStep:
     """`step(tokens of this host [B / hosts, T + 1], index) -> measures`; the state lives on the devices, not in Keras.
 
@@ -316,38 +365,14 @@ class JaxStep:
     """
 
     def __init__(self, model, optimizer, trained, config, devices):
-        import jax
-        from jax.sharding import Mesh, NamedSharding, PartitionSpec
+        from jax.sharding import Mesh
 
-        self.model, self.optimizer, self.trained, self.slots = model, optimizer, trained, optimizer.variables
-        self.held = held_variables(model, trained)
-        mesh = Mesh(np.array(devices), ("data",))
-        self.rows, self.everywhere = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
-
-        def layouts(variables):
-            return [jax_layout(mesh, tuple(v.shape), config.sharded) for v in variables]
-
-        self.layouts = {"trained": layouts(trained), "slots": layouts(self.slots), "failed": self.everywhere}
-        frozen_layouts = layouts(self.held)
-        self.frozen = [self._put(v.value, where) for v, where in zip(self.held, frozen_layouts, strict=True)]
-        self.assign({v.path: v.value for v in (*trained, *self.slots)})
-        self.step = jax.jit(
-            jax_step(model, optimizer, trained, config, mesh),
-            in_shardings=(self.layouts, frozen_layouts, self.rows, self.everywhere),
-            out_shardings=(self.layouts, self.everywhere),
-            donate_argnums=0,
-        )
-
-        def losses(values, frozen, windows):
-            mapping = [*zip(trained, values, strict=True), *zip(self.held, frozen, strict=True)]
-            with keras.StatelessScope(state_mapping=mapping):
-                return losses_of(model, windows, config.loss_chunk)
-
-        self._losses = jax.jit(
-            losses,
-            in_shardings=(self.layouts["trained"], frozen_layouts, self.rows),
-            out_shardings=self.everywhere,
-        )
+        self.model, self.optimizer, self.trained = model, optimizer, trained
+        self.programs = JaxPrograms(model, optimizer, trained, config, Mesh(np.array(devices), ("data",)))
+        self.frozen = [
+            self._put(v.value, where) for v, where in zip(self.programs.held, self.programs.frozen_layouts, strict=True)
+        ]
+        self.assign({v.path: v.value for v in (*trained, *self.programs.slots)})
 
     @staticmethod
     def _put(value, layout):
@@ -360,13 +385,15 @@ class JaxStep:
     def __call__(self, tokens, index, measure_sizes=True):
         import jax
 
-        tokens = jax.make_array_from_process_local_data(self.rows, np.asarray(tokens, np.int32))
-        self.state, measures = self.step(self.state, self.frozen, tokens, np.int32(index))
+        tokens = jax.make_array_from_process_local_data(self.programs.rows, np.asarray(tokens, np.int32))
+        self.state, measures = self.programs.step(self.state, self.frozen, tokens, np.int32(index))
         return measures
 
     def losses(self, windows):
         """Nats [W, T] of windows [W, T + 1], which every host has; without dropout."""
-        return np.asarray(self._losses(self.state["trained"], self.frozen, self._put(windows, self.rows)))
+        return np.asarray(
+            self.programs.losses(self.state["trained"], self.frozen, self._put(windows, self.programs.rows))
+        )
 
     def arrays(self) -> dict:
         """The whole state by the paths of its variables, as NumPy arrays on every host."""
@@ -377,7 +404,7 @@ class JaxStep:
                 return np.asarray(x.addressable_data(0) if x.is_fully_replicated else x)
             return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
-        variables = [*self.trained, *self.slots, *self.held]
+        variables = [*self.programs.trained, *self.programs.slots, *self.programs.held]
         values = [*self.state["trained"], *self.state["slots"], *self.frozen]
         return {v.path: whole(x) for v, x in zip(variables, values, strict=True)}
 
@@ -388,9 +415,9 @@ class JaxStep:
             return [self._put(arrays[v.path], where) for v, where in zip(variables, layouts, strict=True)]
 
         self.state = {
-            "trained": placed(self.trained, self.layouts["trained"]),
-            "slots": placed(self.slots, self.layouts["slots"]),
-            "failed": self._put(np.int32(-1), self.everywhere),
+            "trained": placed(self.programs.trained, self.programs.layouts["trained"]),
+            "slots": placed(self.programs.slots, self.programs.layouts["slots"]),
+            "failed": self._put(np.int32(-1), self.programs.everywhere),
         }
 
 

@@ -32,9 +32,8 @@ from gpt2lib import checkpoint, device
 from gpt2lib.config import ConfigError, ModelConfig, TrainConfig
 from gpt2lib.data import Batches, Corpus, CorpusError, prefetch, validation_windows
 from gpt2lib.evaluate.loss import total, window_losses
-from gpt2lib.model import GPT2
 from gpt2lib.report import provenance
-from gpt2lib.step import make_optimizer, make_step, trained_variables
+from gpt2lib.step import make_parts, make_step
 from gpt2lib.tokenizer import TokenizerError
 
 # A run goes on under another value of these; a change of any other would make it another run.
@@ -243,11 +242,7 @@ def _build(config, shape, places, arrays=None):
             "set devices"
         )
     with scope:
-        values = _first_values(config, arrays)
-        model = GPT2(shape, init=values, seed=config.seed, dtype=config.dtype, remat=config.remat)
-        optimizer = make_optimizer(config)
-        trained = trained_variables(model, config.freeze)
-        optimizer.build(trained)
+        model, optimizer, trained = make_parts(config, shape, _first_values(config, arrays))
         for v in optimizer.variables if arrays else ():
             v.assign(checkpoint.expect(arrays, v.path, v.shape, config.run_dir))
     return make_step(model, optimizer, trained, config, places)

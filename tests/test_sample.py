@@ -218,7 +218,7 @@ def test_words_are_drawn_as_often_as_they_should(model, options):
 
 def test_compiled_once_for_a_shape(monkeypatch):
     """Counts how often the program is traced: other prompts, seeds, temperatures and weights need no new one."""
-    traces, make = [], sample._program
+    traces, make = [], sample.program
 
     def counted(*args):
         run = make(*args)
@@ -229,7 +229,7 @@ def test_compiled_once_for_a_shape(monkeypatch):
 
         return traced
 
-    monkeypatch.setattr(sample, "_program", counted)
+    monkeypatch.setattr(sample, "program", counted)
     model = GPT2(CONFIG, init=distinctive)
     first = generate(model, [[1, 2]], 3, seed=1, end_of_text=None)
     for prompt, options in (

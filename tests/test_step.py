@@ -22,7 +22,7 @@ from gpt2lib import checkpoint, device, train
 from gpt2lib.adafactor import Adafactor, round_stochastically
 from gpt2lib.benchmark import peak_memory
 from gpt2lib.config import SIZES, ConfigError, TrainConfig
-from gpt2lib.model import GPT2, initial_values, nll
+from gpt2lib.model import GPT2, dropout, initial_values, nll
 from gpt2lib.seed import FixedSeed
 from gpt2lib.step import cross_entropy, loss_of, make_optimizer, make_step, trained_variables
 
@@ -271,7 +271,7 @@ def program(step, rows=B):
     import jax
 
     tokens = jax.ShapeDtypeStruct((rows, step.model.config.n_ctx + 1), "int32")
-    return step.step.lower(step.state, step.frozen, tokens, np.int32(0)).compile()
+    return step.programs.step.lower(step.state, step.frozen, tokens, np.int32(0)).compile()
 
 
 @jax_only
@@ -288,7 +288,7 @@ def test_chunks_never_hold_all_logits(plain, chunked):
     # validation, which is asked for the losses of as many sequences
     windows = jax.ShapeDtypeStruct((B, T + 1), "int32")
     texts = [
-        step._losses.lower(step.state["trained"], step.frozen, windows).compile().as_text()
+        step.programs.losses.lower(step.state["trained"], step.frozen, windows).compile().as_text()
         for step in (plain[3], chunked[0])
     ]
     assert any(shape in texts[0] for shape in whole)
@@ -497,14 +497,13 @@ def masks(seed, step, monkeypatch):
     """The masks of all dropouts of a model with three blocks, each of as many ones as its own x has entries."""
     found = []
 
-    def drop(x, rate, seed=None):
-        mask = np.asarray(random_dropout(ops.ones((400,)), 0.5, seed=seed))
+    def drop(x, rate, seed):
+        mask = np.asarray(dropout(ops.ones((400,)), 0.5, seed))
         found.append((rate, np.asarray(seed.next()).tolist(), mask))
-        return random_dropout(x, rate, seed=seed)
+        return dropout(x, rate, seed)
 
-    random_dropout = keras.random.dropout
     with monkeypatch.context() as patch:
-        patch.setattr(keras.random, "dropout", drop)
+        patch.setattr("gpt2lib.model.dropout", drop)
         config = TrainConfig("-", "-", size="test", model={"n_layer": 3, **WET}).model_config()
         GPT2(config, init=lambda path, shape: np.ones(shape, np.float32)).hidden(
             np.zeros((1, 5), np.int32), training=True, seed=FixedSeed(seed, step)
