@@ -6,6 +6,8 @@ share 128 lanes, and makes the weights again for the gradient (Dao et al. 2022, 
 over S, because a context's keys fit the fast memory). Heads smaller than the lanes are told apart by masks, not moved.
 """
 
+import contextlib
+import contextvars
 import functools
 import math
 
@@ -15,18 +17,39 @@ _LANES = 128
 _FLOAT32 = ("TPU v2", "TPU v3")  # whose matrix units take float32 and round it themselves
 
 
+_target = contextvars.ContextVar("target", default=(None, False))
+
+
+@contextlib.contextmanager
+def target(mesh, alone: bool):
+    """Inside, programs are made for the devices of a mesh with the one axis `data`, over which a batch is spread.
+
+    `alone`: the program is that of one device, with its part of the batch (inside `jax.shard_map`).
+    """
+    token = _target.set((mesh, alone))
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+def usable(t, config) -> bool:
+    """Whether the program is made for TPUs and the kernel can take a context of t tokens."""
+    mesh, _ = _target.get()
+    return mesh is not None and mesh.devices.flat[0].platform == "tpu" and fits(t, config.n_embd, config.n_head)
+
+
 def fits(t: int, d: int, n_head: int) -> bool:
     """Whether the kernel can take a context of t tokens with n_head heads in d."""
     return t % _LANES == 0 and t <= 2048 and _LANES % (d // n_head) == 0
 
 
-def attend(qkv, n_head: int, rate: float = 0.0, seed=None, mesh=None, interpret: bool = False):
+def attend(qkv, n_head: int, rate: float = 0.0, seed=None, interpret: bool = False):
     """softmax(q k / sqrt(H), causal) v of all heads, with dropout of `rate` on the weights: [B, T, 3D] -> [B, T, D].
 
     Args:
         qkv: queries, keys and values side by side, as `c_attn` gives them.
         seed: `FixedSeed` of the dropout, whose masks are those of `model.dropout`; None: no dropout.
-        mesh: devices with the one axis `data`, which the batch is spread over.
         interpret: run the kernel step by step, on any machine.
     """
     import jax
@@ -34,11 +57,12 @@ def attend(qkv, n_head: int, rate: float = 0.0, seed=None, mesh=None, interpret:
     from jax.sharding import PartitionSpec
 
     (b, t, _), rate = qkv.shape, rate if seed is not None else 0.0
-    keys = t * numpy.arange(b * n_head, dtype="int32").reshape(b, n_head)  # of the whole batch, whatever the devices
-    keys = seed.key() + keys if rate else keys
+    heads = numpy.arange(b * n_head, dtype="int32").reshape(b, n_head)
+    keys = seed.key() + t * (heads + n_head * seed.row) if rate else heads
+    mesh, alone = _target.get()
     kind = "float32" if mesh is not None and mesh.devices.flat[0].device_kind in _FLOAT32 else str(qkv.dtype)
     run = _function(n_head, rate, kind, interpret)
-    if mesh is not None and mesh.size > 1:
+    if mesh is not None and not alone:
         data = PartitionSpec("data")
         run = jax.shard_map(run, mesh=mesh, in_specs=(data, data), out_specs=data, check_vma=False)
     return run(qkv, keys)

@@ -66,25 +66,29 @@ def dropout(x, rate, seed):
         return x
     if keras.backend.backend() != "jax":
         return keras.random.dropout(x, rate, seed=seed)
-    return _drop(x, rate, seed.key())
+    return _drop(x, rate, seed.key(), seed.row)
 
 
-def _drop(x, rate, key):
+def _drop(x, rate, key, first):
     """Dropout whose gradient makes the mask again instead of keeping it. JAX."""
     import jax
     from jax import lax
 
-    def masked(x, key):
-        row, stride = 0, 1
+    def masked(x, key, first):
+        row, stride = 0, 1  # numbers of the rows along the last axis, in the whole batch
         for axis in reversed(range(x.ndim - 1)):
             row += stride * lax.broadcasted_iota("int32", (*x.shape[:-1], 1), axis)
             stride *= x.shape[axis]
+        row += first * (stride // x.shape[0])
         kept = keep(key, row, lax.broadcasted_iota("int32", x.shape, x.ndim - 1), rate)
         return ops.where(kept, x / (1 - rate), ops.zeros_like(x))
 
     function = jax.custom_vjp(masked)
-    function.defvjp(lambda x, key: (masked(x, key), key), lambda key, upstream: (masked(upstream, key), None))
-    return function(x, key)
+    function.defvjp(
+        lambda x, key, first: (masked(x, key, first), (key, first)),
+        lambda kept, upstream: (masked(upstream, *kept), None, None),
+    )
+    return function(x, key, first)
 
 
 class _Layer(keras.layers.Layer):
@@ -150,16 +154,16 @@ class Attention(_Layer):
         b, n, t, h = ops.shape(x)
         return ops.reshape(ops.transpose(x, (0, 2, 1, 3)), (b, t, n * h))
 
-    def call(self, x, past=None, position=0, bias=None, tpu=None, seed=None):
+    def call(self, x, past=None, position=0, bias=None, tpu=False, seed=None):
         qkv, drop = self.c_attn(x), seed and seed.child(1)  # [B, T, 3D]
         q, k, v = (self.split_heads(part) for part in ops.split(qkv, 3, axis=-1))  # 3 x [B, N, T, H]
         if past is not None:  # write the T new keys and values behind the `position` old ones: [B, N, S, H]
             k = ops.slice_update(past[0], (0, 0, position, 0), ops.cast(k, past[0].dtype))
             v = ops.slice_update(past[1], (0, 0, position, 0), ops.cast(v, past[1].dtype))
-        if tpu is None:
-            a = self.attend(q, k, v, bias, drop)
+        if tpu:
+            a = attention.attend(qkv, self.config.n_head, self.config.attn_pdrop, drop)
         else:
-            a = attention.attend(qkv, self.config.n_head, self.config.attn_pdrop, drop, tpu)
+            a = self.attend(q, k, v, bias, drop)
         a = self.c_proj(a)  # [B, T, D]
         return dropout(a, self.config.resid_pdrop, seed and seed.child(2)), (k, v)
 
@@ -196,18 +200,11 @@ class Block(_Layer):
         for layer in (self.ln_1, self.attn, self.ln_2, self.mlp):
             layer.build(shape)
 
-    def call(self, x, past=None, position=0, bias=None, tpu=None, seed=None):
+    def call(self, x, past=None, position=0, bias=None, tpu=False, seed=None):
         a, present = self.attn(self.ln_1(x), past=past, position=position, bias=bias, tpu=tpu, seed=seed)
         x = x + a
         x = x + self.mlp(self.ln_2(x), seed=seed)
         return x, present
-
-
-def _tpu():
-    """The mesh of TPUs that a program is being made for, where it says so by Keras' distribution; else None."""
-    distribution = keras.distribution.distribution()
-    mesh = distribution and distribution.device_mesh.backend_mesh
-    return mesh if mesh is not None and mesh.devices.flat[0].platform == "tpu" else None
 
 
 class GPT2(keras.Model):
@@ -274,13 +271,8 @@ class GPT2(keras.Model):
         bias = ops.where(visible, 0.0, -1e10)  # of the scores: [T, S] or [B, 1, T, S]
         x = (look_up(self.wte, tokens) if rows is None else rows) + look_up(self.wpe, where)
         x = dropout(ops.cast(x, self.compute_dtype), self.config.embd_pdrop, seed)  # [B, T, D]
-        plain = (
-            past is None
-            and start is None
-            and isinstance(t, int)
-            and attention.fits(t, self.config.n_embd, self.config.n_head)
-        )
-        tpu, present = _tpu() if plain else None, []
+        tpu = past is None and start is None and attention.usable(t, self.config)
+        present = []
         for i, block in enumerate(self.blocks):
             options = dict(bias=bias, tpu=tpu, seed=seed and seed.child(4 * i + 4))
             if training and self.remat:

@@ -7,16 +7,17 @@ from keras import ops
 class FixedSeed(keras.random.SeedGenerator):
     """A seed of two integers, which may be tensors of a compiled step or loop; it has no state and never changes."""
 
-    def __init__(self, first, second):
+    def __init__(self, first, second, row=0):
+        """`row`: the number in the whole batch of the first sequence at hand, where a device has some of them (JAX)."""
         dtype = "uint32" if keras.backend.backend() == "jax" else "int64"  # what Keras' generators draw from
-        self.pair = ops.stack([ops.cast(first, dtype), ops.cast(second, dtype)])
+        self.pair, self.row = ops.stack([ops.cast(first, dtype), ops.cast(second, dtype)]), row
 
     def next(self, ordered=True):
         return self.pair
 
     def child(self, n: int):
         """Independent randomness for the n-th place that needs some."""
-        return FixedSeed(self.pair[0] + ops.cast(n * 0x9E3779B1 % 2**32, self.pair.dtype), self.pair[1])
+        return FixedSeed(self.pair[0] + ops.cast(n * 0x9E3779B1 % 2**32, self.pair.dtype), self.pair[1], self.row)
 
     def key(self):
         """The two integers as one int32 that looks random (JAX)."""

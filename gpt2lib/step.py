@@ -5,6 +5,7 @@ JAX: one pure program (`jax_step`), whose state may be replicated over the devic
 programs, gradients and update, on one device or mirrored on several.
 """
 
+import contextlib
 import inspect
 import math
 
@@ -12,6 +13,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from gpt2lib import attention
 from gpt2lib.adafactor import Adafactor
 from gpt2lib.config import ConfigError, nearest
 from gpt2lib.model import GPT2, fused, look_up, nll
@@ -250,13 +252,18 @@ def jax_layout(mesh, shape, sharded: bool):
     return NamedSharding(mesh, PartitionSpec(*["data" if a == cut else None for a in range(len(shape))]))
 
 
-def _distribution(mesh):
-    """Keras' name for it, under which the batch stays on its devices and parameters come to it."""
-    devices = keras.distribution.DeviceMesh((mesh.size,), ["data"], mesh.devices)
-    layouts = keras.distribution.LayoutMap(devices)
-    for outputs in ("ln_.", "c_attn", "c_fc", "c_proj", "mlp"):
-        layouts[f"{outputs}/output"] = keras.distribution.TensorLayout(("data", None, None), devices)
-    return keras.distribution.ModelParallel(layout_map=layouts, batch_dim_name="data", auto_shard_dataset=False)
+@contextlib.contextmanager
+def _computing(mesh, sharded: bool):
+    """Inside, the model's programs are made for a mesh: for one device of it, or all of it with XLA's partitioning."""
+    with attention.target(mesh, alone=not sharded), contextlib.ExitStack() as stack:
+        if sharded:  # the batch stays on its devices, parameters come to it
+            devices = keras.distribution.DeviceMesh((mesh.size,), ["data"], mesh.devices)
+            layouts = keras.distribution.LayoutMap(devices)
+            for outputs in ("ln_.", "c_attn", "c_fc", "c_proj", "mlp"):
+                layouts[f"{outputs}/output"] = keras.distribution.TensorLayout(("data", None, None), devices)
+            options = dict(layout_map=layouts, batch_dim_name="data", auto_shard_dataset=False)
+            stack.enter_context(keras.distribution.ModelParallel(**options).scope())
+        yield
 
 
 def jax_step(model, optimizer, trained, config, mesh):
@@ -265,34 +272,41 @@ def jax_step(model, optimizer, trained, config, mesh):
     `step(state, frozen, tokens [B, T + 1], index) -> (state, measures)`. The state is {"trained": values of `trained`,
     "slots": those of the optimizer's variables, "failed": -1 or the first step whose gradient was not finite, from
     which on nothing changes}; `frozen` are the values of the other parameters.
+
+    Where every device has all parameters, each makes the gradient of its own sequences, and one exchange follows, in
+    the types of the gradients. Where they are sharded, XLA decides what to exchange, and when.
     """
     import jax
     from jax import lax, numpy
     from jax.sharding import NamedSharding, PartitionSpec
 
-    held = held_variables(model, trained)
-    everywhere, distribution = NamedSharding(mesh, PartitionSpec()), _distribution(mesh)
+    held, n = held_variables(model, trained), config.accumulate
+    parts_data = PartitionSpec(None, "data")
+    low = [config.dtype == "mixed_bfloat16" and v.path.endswith("/w") for v in trained]
 
-    def loss(values, frozen, tokens, count):
-        mapping = [*zip(trained, values, strict=True), *zip(held, frozen, strict=True)]
-        mapping = [(v, lax.with_sharding_constraint(x, everywhere) if v is model.wte else x) for v, x in mapping]
-        with distribution.scope(), keras.StatelessScope(state_mapping=mapping):
-            return loss_of(model, tokens, FixedSeed(config.seed, count), config.loss_chunk)
+    def loss(values, frozen, tokens, count, row):
+        scope = keras.StatelessScope(state_mapping=list(zip(held, frozen, strict=True)))
+        for v, value in zip(trained, values, strict=True):
+            if config.sharded and v is model.wte:
+                value = lax.with_sharding_constraint(value, NamedSharding(mesh, PartitionSpec()))
+            scope.add_update((v, value))
+        with _computing(mesh, config.sharded), scope:
+            return loss_of(model, tokens, FixedSeed(config.seed, count, row), config.loss_chunk)
 
     def settle(arrays):  # gradients lie where their parameters lie
-        return [lax.with_sharding_constraint(g, jax_layout(mesh, g.shape, config.sharded)) for g in arrays]
+        if not config.sharded:
+            return arrays
+        return [lax.with_sharding_constraint(g, jax_layout(mesh, g.shape, True)) for g in arrays]
 
-    def gradients_of(values, frozen, tokens, index):
-        n = config.accumulate
+    def gradients_of(values, frozen, parts, index, row=0):  # parts [accumulate, B / accumulate, T + 1]
+        values = [v.astype("bfloat16") if is_low else v for v, is_low in zip(values, low, strict=True)]
         if n == 1:
-            total, gradients = jax.value_and_grad(loss)(values, frozen, tokens, index)
+            total, gradients = jax.value_and_grad(loss)(values, frozen, parts[0], index, row)
             return total, settle(gradients)
-        parts = tokens.reshape(n, -1, tokens.shape[1])
-        parts = lax.with_sharding_constraint(parts, NamedSharding(mesh, PartitionSpec(None, "data")))
 
         def body(carry, part):
             i, total, sums = carry
-            value, gradients = jax.value_and_grad(loss)(values, frozen, part, index * n + i)
+            value, gradients = jax.value_and_grad(loss)(values, frozen, part, index * n + i, row)
             sums = [a + g.astype(a.dtype) for a, g in zip(sums, settle(gradients), strict=True)]
             return (i + 1, total + value, sums), None
 
@@ -300,9 +314,18 @@ def jax_step(model, optimizer, trained, config, mesh):
         (_, total, sums), _ = lax.scan(body, (numpy.int32(0), numpy.float32(0), zeros), parts)
         return total / n, [a / n for a in sums]
 
+    def on_each_device(values, frozen, parts, index):
+        row = lax.axis_index("data") * parts.shape[1]
+        return lax.pmean(gradients_of(values, frozen, parts, index, row), "data")
+
+    if not config.sharded:
+        specs = (PartitionSpec(), PartitionSpec(), parts_data, PartitionSpec())
+        exchanged = jax.shard_map(on_each_device, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
+
     def step(state, frozen, tokens, index):
         values, slots, failed = state["trained"], state["slots"], state["failed"]
-        total, gradients = gradients_of(values, frozen, tokens, index)
+        parts = lax.with_sharding_constraint(tokens.reshape(n, -1, tokens.shape[1]), NamedSharding(mesh, parts_data))
+        total, gradients = (gradients_of if config.sharded else exchanged)(values, frozen, parts, index)
         norm = ops.sqrt(_sum_of_squares(gradients))
         gradients = [
             g.astype(v.dtype) for g, v in zip(_clipped(gradients, norm, config.clip_norm), values, strict=True)
@@ -348,9 +371,13 @@ class JaxPrograms:
 
         def losses(values, frozen, windows):
             mapping = [*zip(trained, values, strict=True), *zip(self.held, frozen, strict=True)]
-            with _distribution(mesh).scope(), keras.StatelessScope(state_mapping=mapping):
+            with _computing(mesh, config.sharded), keras.StatelessScope(state_mapping=mapping):
                 return losses_of(model, windows, config.loss_chunk)
 
+        if not config.sharded:
+            all_of, rows = PartitionSpec(), PartitionSpec("data")
+            specs = (all_of, all_of, rows)
+            losses = jax.shard_map(losses, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
         self.losses = jax.jit(
             losses,
             in_shardings=(self.layouts["trained"], self.frozen_layouts, self.rows),

@@ -91,8 +91,12 @@ from test_attention import case
 
 mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
 qkv, _ = case(4, 128, 128, "float32")
-outs = [attention.attend(qkv, 2, 0.25, FixedSeed(3, 5), m, interpret=True) for m in (None, mesh)]
-print(len(jax.devices()), float(abs(outs[0] - outs[1]).max() / abs(outs[0]).max()))
+outs = [attention.attend(qkv, 2, 0.25, FixedSeed(3, 5), interpret=True)]
+with attention.target(mesh, alone=False):
+    outs += [attention.attend(qkv, 2, 0.25, FixedSeed(3, 5), interpret=True)]
+alone = [attention.attend(qkv[i : i + 1], 2, 0.25, FixedSeed(3, 5, i), interpret=True) for i in range(4)]
+outs += [jax.numpy.concatenate(alone)]
+print(len(jax.devices()), float(max(abs(outs[0] - other).max() for other in outs[1:]) / abs(outs[0]).max()))
 """
 
 

@@ -20,14 +20,15 @@ STUDIES = sorted({path.parent for path in (ROOT / "reports").rglob("*.yaml")})
 
 # What a module of gpt2lib may import of gpt2lib. A package's modules also import each other.
 BASE = {"config", "seed"}
-CORE = BASE | {"model", "adafactor", "schedule", "tokenizer"}
+CORE = BASE | {"attention", "model", "adafactor", "schedule", "tokenizer"}
 MIDDLE = CORE | {"data", "checkpoint", "sample"}
 TOP = MIDDLE | {"step", "train", "report", "device"}
 MAY_IMPORT = {
     "__init__": set(),
     "config": set(),
     "seed": set(),
-    **dict.fromkeys(("model", "adafactor", "schedule", "tokenizer"), BASE),
+    "attention": BASE,
+    **dict.fromkeys(("model", "adafactor", "schedule", "tokenizer"), BASE | {"attention"}),
     **dict.fromkeys(("data", "checkpoint"), MIDDLE),
     "sample": MIDDLE | {"device"},  # compiles what it runs
     "report": set(),

@@ -955,7 +955,7 @@ def test_the_numbers_of_out_of_memory(
 
     many = [f"{i} " + "the cat sat on the mat. " * 40 for i in range(40)]
     write_corpus(tmp_path / "c", many, Tokenizer([]), name="t", source={}, validation_fraction=0.3, progress=False)
-    monkeypatch.setattr(training, "GPT2", exhausted)
+    monkeypatch.setattr(training, "make_parts", exhausted)
     config = TrainConfig(str(tmp_path / "c"), str(tmp_path / "run"), model={"n_vocab": 50257}, **changes)
     with pytest.raises(TrainingError) as error:
         train(config)

@@ -1,0 +1,239 @@
+"""Plans: counts against the models themselves, Google's compiler on the programs of a run, sentences for bad input.
+
+The compiler is in the libtpu wheel; where that is not installed (macOS, Windows, Arm) its tests are skipped.
+"""
+
+import dataclasses
+import json
+import re
+
+import pytest
+
+from gpt2lib import plan as planning
+from gpt2lib.config import SIZES, ConfigError, TrainConfig
+from gpt2lib.model import GPT2
+from gpt2lib.plan import PlanError, compiler, counts, plan
+from gpt2lib.plan.topology import find, topologies
+from gpt2lib.step import make_optimizer
+
+pytestmark = pytest.mark.backend_free
+
+SMALL = {"n_ctx": 128, "n_embd": 128, "n_head": 2, "n_vocab": 311, "n_layer": 3}
+compiles = pytest.mark.skipif(planning.libtpu() is None, reason="libtpu is not installed")
+
+
+# --- counts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", ["117M", "345M", "774M", "1.5B", "PrettyBig", "test"])
+def test_components_are_all_parameters(size):
+    assert sum(counts.components(SIZES[size]).values()) == SIZES[size].n_params
+
+
+def test_components_are_those_of_the_model():
+    found = dict.fromkeys(counts.components(SIZES["test"]), 0)
+    kinds = {"wte": "wte", "wpe": "wpe", "attn": "attention", "mlp": "mlp"}
+    for v in GPT2(SIZES["test"]).trainable_variables:
+        part = next((kinds[name] for name in v.path.split("/") if name in kinds), "norms")
+        found[part] += v.value.shape.num_elements() if hasattr(v.value.shape, "num_elements") else v.value.size
+    assert found == counts.components(SIZES["test"])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("options", [{}, {"beta1": 0.9}, {"rounding": "master"}], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16", "bfloat16"])
+def test_state_bytes_are_those_of_the_variables(optimizer, options, dtype):
+    if optimizer == "adamw" and (options or dtype == "bfloat16"):
+        pytest.skip("adafactor's")
+    config = TrainConfig(
+        "", "", size="test", optimizer=optimizer, optimizer_options=options, dtype=dtype, learning_rate=1e-3
+    )
+    model, made = GPT2(config.model_config(), dtype=dtype), make_optimizer(config)
+    made.build(model.trainable_variables)
+
+    def size(variables):
+        width = {"float32": 4, "bfloat16": 2}
+        return sum(width[str(v.dtype)] * int(v.numpy().size) for v in variables)
+
+    state = counts.state_bytes(config)
+    assert state["parameters"] == size(model.trainable_variables)
+    assert state["slots"] == size(v for v in made.variables if v.shape != ())
+
+
+# --- topologies -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, compiler_name, devices",
+    [
+        ("v2-8", "v2:2x2", 8), ("v3-8", "v3:2x2", 8), ("v3-512", "v3:16x16", 512), ("v2-256", "v2:8x16", 256),
+        ("v4-8", "v4:2x2x1", 4), ("v4-128", "v4:4x4x4", 64), ("v5e-1", "v5e:1x1", 1), ("v5e-8", "v5e:2x4", 8),
+        ("v6e-8", "v6e:2x4", 8), ("v5p-8", "v5p:2x2x1", 4),
+    ],
+)  # fmt: skip
+def test_names_of_slices(name, compiler_name, devices):
+    assert (find(name).compiler_name, find(name).devices) == (compiler_name, devices)
+
+
+def test_rates_are_those_of_a_device():
+    assert find("v3-8").peak == 61.5e12 and find("v3-8").bandwidth == 450e9 and find("v3-8").memory == 16 * 2**30
+    assert find("v5e-8").peak == 197e12 and find("v4-8").memory == 32 * 2**30
+    assert all(t.peak > 1e13 and t.bandwidth > 1e11 for t in topologies().values())
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"topology": "v3-9"}, ["v3-9", "v3-8, v3-32"]),
+        ({"topology": "v7-8"}, ["v7-8", "v2, v3, v4, v5e, v5p, v6e"]),
+        ({"topology": 8}, ["`8`"]),
+        ({"size": "117"}, ["117", "117M"]),
+        ({"optimizer": "adam"}, ["adam", "adamw"]),
+        ({"dtype": "bf16"}, ["bf16", "bfloat16"]),
+        ({"program": "training"}, ["training", "train, evaluate, generate"]),
+        ({"batch_per_device": 0}, ["batch_per_device", "at least 1"]),
+        ({"rematerialise": True}, ["rematerialise", "remat"]),
+    ],
+)  # fmt: skip
+def test_bad_input(options, words):
+    with pytest.raises(ConfigError) as error:
+        plan(**{"size": "117M", "topology": "v3-8", **options})
+    assert "\n" not in str(error.value)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+# --- the compiler -----------------------------------------------------------------------------------------------------
+
+
+def small(folder, topology, program="train", **options):
+    text = folder / "program.txt"
+    made = plan(
+        "test", topology=topology, program=program, batch_per_device=2, cache=folder, text=text, model=SMALL, **options
+    )
+    return made, text.read_text()
+
+
+@compiles
+@pytest.mark.parametrize("topology", ["v5e-1", "v5e-8", "v3-8"])
+@pytest.mark.parametrize("program", ["train", "evaluate", "generate"])
+def test_programs_compile(topology, program, tmp_path):
+    """All shapes are known, no number is of 64 bits, nothing asks the host; attention is the kernel."""
+    made, text = small(tmp_path, topology, program)
+    assert made.fits and made.source == "compiler"
+    assert 0 < made.arguments < made.total < made.limit < made.slice.memory
+    assert "[<=" not in text and "s32[]{:T(256)} get-dimension-size" not in text, "a shape that is known at run time only"
+    assert not re.search(r"\b[fs]64\[|\bc128\[", text)
+    assert not re.search(r"custom_call_target=\"[^\"]*(callback|host)|\b(send|recv|infeed|outfeed)\(", text, re.I)
+    kernels = {"train": 2, "evaluate": 1, "generate": 0}[program] * SMALL["n_layer"]
+    assert text.count('custom_call_target="tpu_custom_call"') == kernels
+
+
+@compiles
+def test_gradients_cross_once(tmp_path):
+    """The bytes of all-reduces are those of the gradients, matrices in bfloat16, within 5%."""
+    made, _ = small(tmp_path, "v3-8")
+    shape = made.config.model_config()
+    sizes = counts.components(shape)
+    vectors = shape.n_layer * 9 * shape.n_embd + sizes["norms"]  # biases, norms
+    kernels = sizes["attention"] + sizes["mlp"] - shape.n_layer * 9 * shape.n_embd
+    expected = 2 * kernels + 4 * (sizes["wte"] + sizes["wpe"] + vectors)
+    assert list(made.collectives) == ["all-reduce"]
+    assert abs(made.collectives["all-reduce"]["bytes"] / expected - 1) < 0.05
+    accumulated, _ = small(tmp_path, "v3-8", accumulate=2)
+    assert abs(accumulated.collectives["all-reduce"]["bytes"] / (4 * shape.n_params) - 1) < 0.05, "sums are float32"
+
+
+@compiles
+def test_sharded_state_is_cut(tmp_path):
+    whole, _ = small(tmp_path, "v3-8", optimizer="adamw")
+    cut, _ = small(tmp_path, "v3-8", optimizer="adamw", sharded=True)
+    assert cut.arguments < whole.arguments / 3
+    assert "all-gather" in cut.collectives and "all-gather" not in whole.collectives
+
+
+@compiles
+def test_what_was_compiled_is_kept(tmp_path):
+    first = plan("test", topology="v5e-1", cache=tmp_path)
+    again = plan("test", topology="v5e-1", cache=tmp_path)
+    other = plan("test", topology="v5e-1", cache=tmp_path, remat=True)
+    assert (first.details["cached"], again.details["cached"], other.details["cached"]) == (False, True, False)
+    assert dataclasses.replace(again, details={}) == dataclasses.replace(first, details={})
+    assert len(list(tmp_path.glob("*.json"))) == 2 == len(list(tmp_path.iterdir()))
+
+
+@compiles
+def test_what_does_not_fit_says_by_how_much(tmp_path):
+    made = plan(
+        "test", topology="v5e-1", batch_per_device=32, optimizer="adamw", cache=tmp_path,
+        model={"n_vocab": 100_003, "n_ctx": 1024, "n_embd": 128, "n_head": 2, "n_layer": 1},
+    )  # fmt: skip
+    assert not made.fits and made.total > made.limit
+    said = made.sentence()
+    numbers = [float(x) for x in re.findall(r"([\d.]+) GiB", said)]
+    assert "does not fit" in said and "loss_chunk" in said and len(numbers) >= 1
+    chunked = plan(
+        "test", topology="v5e-1", batch_per_device=32, optimizer="adamw", cache=tmp_path, loss_chunk=1024,
+        model={"n_vocab": 100_003, "n_ctx": 1024, "n_embd": 128, "n_head": 2, "n_layer": 1},
+    )  # fmt: skip
+    assert chunked.fits, "the advice helps"
+
+
+def test_without_a_compiler(monkeypatch):
+    monkeypatch.setattr(planning, "libtpu", lambda: None)
+    with pytest.raises(PlanError, match="pip install libtpu"):
+        plan("117M")
+
+
+def test_a_compiler_that_crashes_ends_its_own_process(monkeypatch, tmp_path):
+    """As libtpu 0.0.21 does with jax 0.7.2."""
+    monkeypatch.setattr(planning, "libtpu", lambda: str(tmp_path / "libtpu.so"))
+    monkeypatch.setattr(planning.sys, "executable", "/bin/sh")
+    monkeypatch.setattr(planning.subprocess, "run", lambda *args, **kwargs: crash(["/bin/sh", "-c", "kill -SEGV $$"]))
+    with pytest.raises(PlanError, match="SIGSEGV.*libtpu 0.0.52"):
+        plan("117M", cache=tmp_path)
+
+
+def crash(command):
+    import subprocess
+
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    out, err = process.communicate()
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+@compiles
+def test_a_broken_compiler_is_a_sentence(monkeypatch, tmp_path):
+    broken = tmp_path / "libtpu.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setattr(planning, "libtpu", lambda: str(broken))
+    with pytest.raises(PlanError) as error:
+        plan("test", topology="v5e-1", cache=tmp_path)
+    assert "\n" not in str(error.value) and "libtpu" in str(error.value)
+
+
+# --- reading what the compiler says -----------------------------------------------------------------------------------
+
+
+def test_collectives_are_read():
+    text = """
+  %all-reduce.1 = f32[257,64]{0,1:T(8,128)} all-reduce(%fusion), channel_id=2
+  %ar = (bf16[64,192]{1,0}, /*index=1*/f32[3]{0}, f32[]) all-reduce-start(%a, %b), channel_id=7
+  %done = (bf16[64,192]{1,0}, f32[3]{0}, f32[]) all-reduce-done(%ar)
+  ROOT %ag = s32[8]{0} all-gather(%x), dimensions={0}
+"""
+    assert compiler.collectives(text) == {
+        "all-reduce": {"count": 2, "bytes": 4 * 257 * 64 + 2 * 64 * 192 + 12 + 4},
+        "all-gather": {"count": 1, "bytes": 32},
+    }
+
+
+def test_refusals_are_read():
+    v3 = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.92G of 15.48G hbm. Exceeded by 5.44G."
+    v5e = (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (8.00T) exceeds available HBM (15.75G). HLO module: jit_step."
+    )
+    assert compiler.refusal(v3)["total"] == int(20.92 * 2**30) and compiler.refusal(v3)["limit"] == int(15.48 * 2**30)
+    assert compiler.refusal(v5e)["total"] == 8 * 2**40 and compiler.refusal(v5e)["limit"] == int(15.75 * 2**30)
+    assert compiler.refusal("INTERNAL: Mosaic failed") is None
+    assert json.dumps(compiler.refusal(v3))
