@@ -270,8 +270,8 @@ def jax_step(model, optimizer, trained, config, mesh):
     """The train step of a run as a pure function of arrays, to be compiled with `jax_layout`s over `mesh`.
 
     `step(state, frozen, tokens [B, T + 1], index) -> (state, measures)`. The state is {"trained": values of `trained`,
-    "slots": those of the optimizer's variables, "failed": -1 or the first step whose gradient was not finite, from
-    which on nothing changes}; `frozen` are the values of the other parameters.
+    "slots": those of the optimizer's variables, "failed": -1 or the first step whose gradient was not finite, which
+    changes nothing, nor does any later one}; `frozen` are the values of the other parameters.
 
     Where every device has all parameters, each makes the gradient of its own sequences, and one exchange follows, in
     the types of the gradients. Where they are sharded, XLA decides what to exchange, and when.
@@ -332,14 +332,16 @@ def jax_step(model, optimizer, trained, config, mesh):
         ]
         new_values, new_slots = optimizer.stateless_apply(slots, gradients, values)
         measures = {"loss": total, "gradient_norm": norm, **_sizes(values, new_values)}
-        fine = numpy.isfinite(norm) & numpy.isfinite(total) & numpy.isfinite(measures["parameter_rms"])
+        fine = numpy.isfinite(norm) & numpy.isfinite(total)
         failed = numpy.where((failed < 0) & ~fine, index, failed)
 
         def keep(new, old):
             return [numpy.where(failed < 0, n, o) for n, o in zip(new, old, strict=True)]
 
-        state = {"trained": keep(new_values, values), "slots": keep(new_slots, slots), "failed": failed}
-        return state, {**measures, "failed": failed}
+        state = {"trained": keep(new_values, values), "slots": keep(new_slots, slots)}
+        # An update that overflows is seen too late to be taken back: for that, both states would have to exist at once.
+        failed = numpy.where((failed < 0) & ~numpy.isfinite(measures["parameter_rms"]), index, failed)
+        return {**state, "failed": failed}, {**measures, "failed": failed}
 
     return step
 
@@ -558,9 +560,6 @@ class TensorFlowStep:
         if measure_sizes:
             measures |= {name: float(value) for name, value in _sizes(before, self.trained).items()}
             if not math.isfinite(measures["parameter_rms"]):
-                for v, value in zip(self.trained, before, strict=True):
-                    v.assign(value)
-                self._refresh()
                 return {**measures, "failed": index}
         return {**measures, "failed": -1}
 

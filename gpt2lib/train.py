@@ -450,10 +450,14 @@ def train(config: TrainConfig, restart: bool = False) -> dict:
             loss, failed = float(measures["loss"]), int(measures["failed"])
             if failed >= 0:
                 norm = float(measures["gradient_norm"])
-                sentence = report(failed + 1, f"the loss is {loss}, the norm of its gradient {norm}", failed)
+                if math.isfinite(loss) and math.isfinite(norm):
+                    rms = float(measures["parameter_rms"])
+                    sentence = report(failed + 1, f"the RMS of the parameters after its update is {rms}", failed + 1)
+                else:
+                    sentence = report(failed + 1, f"the loss is {loss}, the norm of its gradient {norm}", failed)
                 raise TrainingError(
                     f"{sentence}; lower the learning rate ({config.learning_rate}), lengthen the warm-up "
-                    f"({config.warmup_steps} steps) or clip gradients; nothing was changed by this step"
+                    f"({config.warmup_steps} steps) or clip gradients; the last checkpoint is as it was"
                 )
             if unusual := spikes.look(loss):
                 failed = int((flying or [(at, measures)])[-1][1]["failed"])  # a later step that changed nothing

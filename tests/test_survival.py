@@ -774,17 +774,18 @@ def test_a_spike_just_before_the_end(long, tmp_path, monkeypatch):
     assert_same_bits(arrays, long.states[61])
 
 
-# JAX looks at loss, gradient and parameters at once.
-@pytest.mark.parametrize("rate", {"jax": [1e38], "tensorflow": [1e14, 1e38]}[BACKEND])
+@pytest.mark.parametrize("rate", [1e14, 1e38])
 def test_a_loss_that_is_not_finite(corpus, tmp_path, rate):
     """A real divergence: the state before the failing step is kept, whether or not that step is logged.
 
-    TensorFlow looks at the parameters in the steps that it logs, and puts those back; not the optimizer's slots.
+    At the higher rate the gradient is finite and the RMS of the parameters is not: then the state behind it is kept, to be inspected,
+    and no checkpoint. TensorFlow looks at the parameters in the steps that it logs.
     """
-    partly = rate == 1e38 and BACKEND == "tensorflow"
+    overflows = rate == 1e38
     config = configuration(
         corpus, tmp_path / "run", model=DRY, optimizer="adamw", optimizer_options={}, clip_norm=None,
-        learning_rate=rate, warmup_steps=1, log_every=1 if partly else 10, checkpoint_every=100, validate_every=100,
+        learning_rate=rate, warmup_steps=1, checkpoint_every=100, validate_every=100,
+        log_every=1 if overflows and BACKEND == "tensorflow" else 10,
     )  # fmt: skip
     closely = config.replace(run_dir=str(tmp_path / "closely"), log_every=1, checkpoint_every=1)
     with pytest.raises(TrainingError, match=r"step \d+") as error:
@@ -795,17 +796,19 @@ def test_a_loss_that_is_not_finite(corpus, tmp_path, rate):
     assert all(line["step"] <= before for line in trace(closely.run_dir)), "what is not finite is not logged"
     with pytest.raises(TrainingError) as error:
         train(config)
-    said = sentence(error)
+    said, saved = sentence(error), before + overflows
     assert f"step {before + 1}:" in said and "learning rate" in said
     (incident,) = whole_lines(tmp_path / "run" / "incidents.jsonl")
-    assert incident["step"] == before + 1 and incident["state"] == f"incidents/step-{before:08d}"
+    assert incident["step"] == before + 1 and incident["state"] == f"incidents/step-{saved:08d}"
     check_batch(config, incident)
     for number in sorted({number for row in incident["documents"] for number in row})[:3]:
         assert re.search(rf"\b{number}\b", said)
     step, state = newest(config.run_dir, "incidents")
-    assert step == before and state.keys() == arrays.keys()
-    compared = [name for name in arrays if not partly or name.startswith("model/")]
-    assert_same_bits({name: state[name] for name in compared}, {name: arrays[name] for name in compared})
+    assert step == saved and state.keys() == arrays.keys()
+    if overflows:
+        assert max(np.abs(value).max() for value in state.values()) > 1e30
+    else:
+        assert_same_bits(state, arrays)
 
 
 def test_validation_lines(reference):
