@@ -778,7 +778,7 @@ def test_a_spike_just_before_the_end(long, tmp_path, monkeypatch):
 def test_a_loss_that_is_not_finite(corpus, tmp_path, rate):
     """A real divergence: the state before the failing step is kept, whether or not that step is logged.
 
-    At the higher rate the gradient is finite and the RMS of the parameters is not: then the state behind it is kept, to be inspected,
+    At the higher rate the gradient is finite, the RMS of the parameters is not: the state behind it is kept to look at,
     and no checkpoint. TensorFlow looks at the parameters in the steps that it logs.
     """
     overflows = rate == 1e38
