@@ -2,10 +2,12 @@
 
 import contextlib
 import functools
+import glob
 import importlib.util
 import json
 import os
 import platform
+import re
 
 from gpt2lib.config import ConfigError
 
@@ -28,8 +30,21 @@ def setup(distributed: bool = False) -> str:
             if keras.backend.backend() != "jax":
                 raise ConfigError("several hosts need the JAX backend; set KERAS_BACKEND=jax")
             keras.distribution.initialize()
-        keras.random.uniform((1,), seed=0)  # the first operation starts the devices, with messages of its own
+        try:
+            keras.random.uniform((1,), seed=0)  # the first operation starts the devices, with messages of its own
+        except RuntimeError as error:
+            raise _in_use(error) from error
     return describe()
+
+
+def _in_use(error: RuntimeError) -> RuntimeError:
+    """The sentence for a TPU that another process holds; any other error as it is."""
+    text = str(error)
+    if "in use" not in text and "libtpu_lockfile" not in text:
+        return error
+    holder = re.search(r"pid (\d+)", text)
+    who = f"process {holder[1]}" if holder else "another process"
+    return ConfigError(f"the TPU is held by {who}: shut that notebook's session down, then restart this one")
 
 
 @contextlib.contextmanager
@@ -46,7 +61,10 @@ def _silent_stderr():
 
 
 def describe() -> str:
-    """One sentence: the backend, its version, and the devices that it will use."""
+    """One sentence: the backend, its version, its devices; and what to change where there are better ones.
+
+    A TPU or a GPU that the backend does not see, and a machine that is short of memory, are named with what to do.
+    """
     import keras
 
     backend = keras.backend.backend()
@@ -54,14 +72,47 @@ def describe() -> str:
         import jax
 
         devices = jax.devices()
-        kind, version = devices[0].device_kind if devices[0].platform != "cpu" else "CPU", jax.__version__
+        platform_, kind, version = devices[0].platform, devices[0].device_kind, jax.__version__
     else:
         import tensorflow as tf
 
         devices = tf.config.list_physical_devices("GPU") or tf.config.list_physical_devices("CPU")
-        kind, version = devices[0].device_type, tf.__version__
-    where = f"{len(devices)} x {kind}" if kind != "CPU" else f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
-    return f"Keras {keras.__version__} on {backend} {version}, {where}"
+        platform_, kind, version = devices[0].device_type.lower(), devices[0].device_type, tf.__version__
+    found = f"{len(devices)} x {kind}" if platform_ != "cpu" else f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
+    advice = _advice(backend, version, platform_)
+    return f"Keras {keras.__version__} on {backend} {version}, {found}{''.join(f'; {a}' for a in advice)}"
+
+
+def _advice(backend: str, version: str, used: str) -> list[str]:
+    """What to change on this machine, where the backend uses devices of the kind `used`: cpu | gpu | tpu."""
+    found = []
+    if _exists("/dev/accel*") and used != "tpu":
+        if backend != "jax":
+            found.append(f"a TPU is here that {backend} cannot use: set KERAS_BACKEND=jax before keras is imported")
+        else:
+            found.append(f"a TPU is here that jax {version} does not see: pip install 'jax[tpu]', then restart")
+    elif _exists("/dev/nvidia[0-9]*") and used == "cpu":
+        extra = "'tensorflow[and-cuda]'" if backend == "tensorflow" else "'jax[cuda12]'"
+        found.append(
+            f"a GPU is here that {backend} {version} does not see: pip install {extra}, then restart the session"
+        )
+    free = _free_memory()
+    if free is not None and free < 2e9:
+        found.append(f"only {free / 1e9:.1f} GB of memory are free: close other notebooks or take a larger machine")
+    return found
+
+
+def _exists(pattern: str) -> bool:
+    return bool(glob.glob(pattern))
+
+
+def _free_memory() -> int | None:
+    """Bytes of memory that may still be taken; None where the system does not say."""
+    try:
+        with open("/proc/meminfo") as file:
+            return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
 
 
 def functional(model, function):

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import nbformat
@@ -16,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "gpt2lib"
 SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
 EXECUTED = sorted(p for p in (ROOT / "reports").rglob("*.ipynb") if p.suffixes == [".ipynb"] and p.name[0] != ".")
+ADDRESS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
 STUDIES = sorted({path.parent for path in (ROOT / "reports").rglob("*.yaml")})
 
 # What a module of gpt2lib may import of gpt2lib. A package's modules also import each other.
@@ -97,6 +99,24 @@ def test_a_source_notebook_has_parameters_and_no_outputs(path):
     for cell in cells:
         if cell.cell_type == "code":
             assert not cell.outputs and cell.execution_count is None, "clear the outputs before saving"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_a_source_notebook_opens_in_colab(path):
+    """Its badge leads to itself, its first cell of code is that of all, and both have pyproject.toml's address."""
+    title, first, *_ = nbformat.read(path, as_version=4).cells
+    at_colab = ADDRESS.replace("https://github.com", "https://colab.research.google.com/github")
+    assert f"]({at_colab}/blob/main/notebooks/{path.name})\n" in title.source
+    assert first.source == nbformat.read(SOURCES[0], as_version=4).cells[1].source
+    assert f'"clone", "-q", "--depth=1", "{ADDRESS}"' in first.source
+
+
+def test_the_address_stands_in_one_place():
+    """Whoever moves the project changes pyproject.toml, then this in all other files."""
+    found = set()
+    for path in (ROOT / "README.md", *SOURCES):
+        found |= set(re.findall(r"github(?:\.com)?/([\w-]+/[\w-]+)(?=[/\s\"\\)])", path.read_text()))
+    assert found == {ADDRESS.removeprefix("https://github.com/")}
 
 
 @pytest.mark.parametrize("path", EXECUTED, ids=lambda path: str(path.relative_to(ROOT / "reports")))
