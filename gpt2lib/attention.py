@@ -6,10 +6,12 @@ share 128 lanes, and makes the weights again for the gradient (Dao et al. 2022, 
 over S, because a context's keys fit the fast memory). Heads smaller than the lanes are told apart by masks, not moved.
 """
 
+import concurrent.futures
 import contextlib
 import contextvars
 import functools
 import math
+import warnings
 
 from gpt2lib.seed import keep
 
@@ -36,7 +38,40 @@ def target(mesh, alone: bool):
 def usable(t, config) -> bool:
     """Whether the program is made for TPUs and the kernel can take a context of t tokens."""
     mesh, _ = _target.get()
-    return mesh is not None and mesh.devices.flat[0].platform == "tpu" and fits(t, config.n_embd, config.n_head)
+    if mesh is None or mesh.devices.flat[0].platform != "tpu" or not fits(t, config.n_embd, config.n_head):
+        return False
+    return works(mesh.devices.flat[0])
+
+
+@functools.cache
+def works(device) -> bool:
+    """Whether the kernel runs on a device, tried once; True for one that is not there, whose compiler will say.
+
+    Kernels are in a language of their own, whose version the runtime's libtpu may not know. Then attention is written
+    out, with a warning.
+    """
+    import jax
+    import numpy as np
+
+    if device not in jax.devices():
+        return True
+
+    def attempt():
+        with target(jax.sharding.Mesh(np.array([device]), ("data",)), alone=True):
+            qkv = jax.device_put(np.zeros((1, _LANES, 3 * _LANES), np.float32), device)
+            jax.jit(lambda x: attend(x, 1))(qkv).block_until_ready()
+
+    try:
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:  # away from the program that is being traced
+            thread.submit(attempt).result()
+    except Exception as error:
+        warnings.warn(
+            f"the attention kernel does not run on {device.device_kind} with jax {jax.__version__}, so a step is slower "
+            f"and needs more memory: {str(error).splitlines()[0][:200]}",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def fits(t: int, d: int, n_head: int) -> bool:

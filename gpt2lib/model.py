@@ -60,6 +60,26 @@ def fused(function):
     return tf.function(function, autograph=False, jit_compile=True)
 
 
+def with_gradient(forward, backward):
+    """A function of tensors whose gradient is written out, on either backend.
+
+    `forward(*args)` gives (y, kept); `backward(kept, upstream)` a gradient for each of args, None for integers.
+    """
+    if keras.backend.backend() == "jax":
+        import jax
+
+        function = jax.custom_vjp(lambda *args: forward(*args)[0])
+        function.defvjp(forward, backward)
+        return function
+
+    @ops.custom_gradient
+    def function(*args):
+        y, kept = forward(*args)
+        return y, lambda *upstream: backward(kept, upstream[0] if len(upstream) == 1 else upstream)
+
+    return function
+
+
 def dropout(x, rate, seed):
     """x with a share `rate` of its entries 0 and the others 1 / (1 - rate) times as large; without a seed as it is."""
     if seed is None or not rate:
@@ -71,7 +91,6 @@ def dropout(x, rate, seed):
 
 def _drop(x, rate, key, first):
     """Dropout whose gradient makes the mask again instead of keeping it. JAX."""
-    import jax
     from jax import lax
 
     def masked(x, key, first):
@@ -83,8 +102,7 @@ def _drop(x, rate, key, first):
         kept = keep(key, row, lax.broadcasted_iota("int32", x.shape, x.ndim - 1), rate)
         return ops.where(kept, x / (1 - rate), ops.zeros_like(x))
 
-    function = jax.custom_vjp(masked)
-    function.defvjp(
+    function = with_gradient(
         lambda x, key, first: (masked(x, key, first), (key, first)),
         lambda kept, upstream: (masked(upstream, *kept), None, None),
     )
@@ -322,16 +340,11 @@ def _norm_gradients(normed, scale, g, upstream):
 def layer_norm(x, g, b):
     """Layer normalisation of x [..., D] over its last axis, epsilon 1e-5, times g [D], plus b [D]."""
 
-    @ops.custom_gradient
-    def function(x, g, b):
+    def forward(x, g, b):
         y, normed, scale = _norm_forward(x, g, b)
+        return y, (normed, scale, g)
 
-        def gradient(*args, upstream=None):
-            return _norm_gradients(normed, scale, g, args[0] if upstream is None else upstream)
-
-        return y, gradient
-
-    return function(x, g, b)
+    return with_gradient(forward, lambda kept, upstream: _norm_gradients(*kept, upstream))(x, g, b)
 
 
 @fused
@@ -350,16 +363,7 @@ def gelu(x):
     In float32 inside; of all that, only the slope is kept for the gradient.
     """
 
-    @ops.custom_gradient
-    def function(x):
-        y, slope = _gelu_and_slope(x)
-
-        def gradient(*args, upstream=None):
-            return (args[0] if upstream is None else upstream) * slope
-
-        return y, gradient
-
-    return function(x)
+    return with_gradient(_gelu_and_slope, lambda slope, upstream: (upstream * slope,))(x)
 
 
 def look_up(table, rows):
@@ -368,13 +372,7 @@ def look_up(table, rows):
     TensorFlow's own gradient is IndexedSlices, which would swallow the dense one that wte has as the output matrix.
     """
 
-    @ops.custom_gradient
-    def dense(x):
-        def gradient(*args, upstream=None):
-            return ops.reshape(args[0] if upstream is None else upstream, x.shape)
-
-        return ops.copy(x), gradient
-
+    dense = with_gradient(lambda x: (ops.copy(x), ()), lambda _, upstream: (ops.reshape(upstream, table.shape),))
     return ops.take(dense(ops.copy(table)), rows, axis=0)
 
 

@@ -16,7 +16,7 @@ from keras import ops
 from gpt2lib import attention
 from gpt2lib.adafactor import Adafactor
 from gpt2lib.config import ConfigError, nearest
-from gpt2lib.model import GPT2, fused, look_up, nll
+from gpt2lib.model import GPT2, fused, look_up, nll, with_gradient
 from gpt2lib.schedule import Warmup, WarmupCosine
 from gpt2lib.seed import FixedSeed
 
@@ -115,48 +115,46 @@ def cross_entropy(h, wte, labels, dtype="float32", chunk=None):
     b, t, d = h.shape
     width = _width(b, t, chunk)
 
-    def part(h, wte, labels):  # [B, W, D], [V, D], [B, W] -> their nats, and a function that makes the gradients
+    def part(h, wte, labels):  # [B, W, D], [V, D], [B, W] -> their nats, and what their gradients are made of
         low = ops.cast(wte, dtype)
         logits = _product(ops.cast(h, dtype), ops.transpose(low))  # [B, W, V]
         nats, slope = _nats_and_slope(logits, labels, dtype)
+        return nats, (h, low, slope)
 
-        def gradients(scale):
-            rows = ops.reshape(ops.cast(h * scale, dtype), (-1, d))
-            dwte = _product(ops.transpose(ops.reshape(slope, (-1, wte.shape[0]))), rows)
-            return ops.cast(_product(slope, low), "float32") * scale, ops.cast(dwte, "float32")
+    def gradients(kept, scale):
+        h, low, slope = kept
+        rows = ops.reshape(ops.cast(h * scale, dtype), (-1, d))
+        dwte = _product(ops.transpose(ops.reshape(slope, (-1, low.shape[0]))), rows)
+        return ops.cast(_product(slope, low), "float32") * scale, ops.cast(dwte, "float32")
 
-        return nats, gradients
+    def whole(h, wte, labels):
+        nats, kept = part(h, wte, labels)
+        return nats / (b * t), kept
 
-    @ops.custom_gradient
-    def mean(h, wte):
-        if width == t:
-            nats, gradients = part(h, wte, labels)
-        else:
+    def chunked(h, wte, labels):
+        def parts(h, labels):
+            nats, kept = part(h, wte, labels)
+            return nats, *gradients(kept, 1 / (b * t))
 
-            def parts(h, labels):
-                nats, gradients = part(h, wte, labels)
-                return nats, *gradients(1 / (b * t))
+        def body(i, state):
+            nats, dh, dwte = state
+            rows = ops.slice(h, (0, i * width, 0), (b, width, d))
+            more, dh_part, dwte_part = parts(rows, ops.slice(labels, (0, i * width), (b, width)))
+            return nats + more, ops.slice_update(dh, (0, i * width, 0), dh_part), dwte + dwte_part
 
-            def body(i, state):
-                nats, dh, dwte = state
-                rows = ops.slice(h, (0, i * width, 0), (b, width, d))
-                more, dh_part, dwte_part = parts(rows, ops.slice(labels, (0, i * width), (b, width)))
-                return nats + more, ops.slice_update(dh, (0, i * width, 0), dh_part), dwte + dwte_part
+        zeros = (ops.zeros((), "float32"), ops.zeros((b, t, d), "float32"), ops.zeros(wte.shape, "float32"))
+        nats, dh, dwte = ops.fori_loop(0, t // width, body, zeros)
+        if rest := t % width:
+            more, dh_part, dwte_part = parts(h[:, -rest:], labels[:, -rest:])
+            nats, dwte = nats + more, dwte + dwte_part
+            dh = ops.concatenate([dh[:, :-rest], dh_part], axis=1)
+        return nats / (b * t), (dh, dwte)
 
-            zeros = (ops.zeros((), "float32"), ops.zeros((b, t, d), "float32"), ops.zeros(wte.shape, "float32"))
-            nats, dh, dwte = ops.fori_loop(0, t // width, body, zeros)
-            if rest := t % width:
-                more, dh_part, dwte_part = parts(h[:, -rest:], labels[:, -rest:])
-                nats, dwte = nats + more, dwte + dwte_part
-                dh = ops.concatenate([dh[:, :-rest], dh_part], axis=1)
-
-        def gradient(*args, upstream=None):
-            scale = args[0] if upstream is None else upstream
-            return gradients(scale / (b * t)) if width == t else (scale * dh, scale * dwte)
-
-        return nats / (b * t), gradient
-
-    return mean(h, ops.cast(wte, "float32"))
+    if width == t:
+        mean = with_gradient(whole, lambda kept, scale: (*gradients(kept, scale / (b * t)), None))
+    else:
+        mean = with_gradient(chunked, lambda kept, scale: (*(scale * gradient for gradient in kept), None))
+    return mean(ops.convert_to_tensor(h), ops.cast(wte, "float32"), labels)
 
 
 def _tied(wte, tokens):

@@ -117,6 +117,21 @@ def test_what_the_kernel_takes():
     assert not attention.fits(1024, 768, 8), "a head of 96 lanes"
 
 
+def test_a_device_that_cannot_run_it():
+    """A CPU runs it interpreted only: one warning, and attention is written out; also while a program is traced."""
+
+    def program(x):
+        found.append(attention.works(jax.devices()[0]))
+        return x
+
+    found = []
+    attention.works.cache_clear()
+    with pytest.warns(UserWarning, match="attention kernel does not run on cpu with jax"):
+        jax.jit(program)(numpy.zeros(3))
+    assert found == [False] and attention.works(jax.devices()[0]) is False
+    assert attention.works("a device of another machine")
+
+
 # --- masks ------------------------------------------------------------------------------------------------------------
 
 
