@@ -66,8 +66,8 @@ def works(device) -> bool:
             thread.submit(attempt).result()
     except Exception as error:
         warnings.warn(
-            f"the attention kernel does not run on {device.device_kind} with jax {jax.__version__}, so a step is slower "
-            f"and needs more memory: {str(error).splitlines()[0][:200]}",
+            f"the attention kernel does not run on {device.device_kind} with jax {jax.__version__}; steps will be slower "
+            f"and need more memory: {str(error).splitlines()[0][:200]}",
             stacklevel=2,
         )
         return False
