@@ -66,7 +66,7 @@ def works(device) -> bool:
             thread.submit(attempt).result()
     except Exception as error:
         warnings.warn(
-            f"the attention kernel does not run on {device.device_kind} with jax {jax.__version__}; steps will be slower "
+            f"the attention kernel does not run on {device.device_kind} with jax {jax.__version__}: steps are slower "
             f"and need more memory: {str(error).splitlines()[0][:200]}",
             stacklevel=2,
         )
