@@ -2,8 +2,8 @@
 
 A TPU's memory is slow beside its matrix units, and scores, weights, their masks and their gradients are most of what a
 step would move. Here each program of the kernel has the queries, keys and values of a whole context for the heads that
-share 128 lanes, and makes the weights again for the gradient (Dao et al. 2022, arXiv:2205.14135; without its tiling
-over S, because a context's keys fit the fast memory). Heads smaller than the lanes are told apart by masks, not moved.
+share 128 lanes in fast memory, goes over them in blocks, and makes the weights again for the gradient (FlashAttention:
+Dao et al. 2022, arXiv:2205.14135). Heads smaller than the lanes are told apart by masks, not moved.
 """
 
 import concurrent.futures

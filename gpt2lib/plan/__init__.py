@@ -154,7 +154,9 @@ def plan(
     )
     library = libtpu()
     if library is None:
-        raise PlanError("there is no TPU compiler here; on x86-64 Linux run: pip install libtpu")
+        raise PlanError(
+            "there is no TPU compiler here; on x86-64 Linux run: pip install -c constraints.txt -e '.[plan]'"
+        )
     request = {
         "program": program,
         "topology": slice_.name,

@@ -59,7 +59,7 @@ def abstract_parts(config, shape):
 
 
 def lower(program, config, mesh, sample=None):
-    """The program `train`, `evaluate` or `generate` of a run over a mesh, for its compiler; the model's variables."""
+    """The program `train`, `evaluate` or `generate` of a run over a mesh, for its compiler."""
     import jax
     from jax import ShapeDtypeStruct
     from jax.sharding import NamedSharding, PartitionSpec
@@ -79,9 +79,9 @@ def lower(program, config, mesh, sample=None):
     values, frozen = shapes(programs.trained), shapes(programs.held)
     if program == "train":
         state = {"trained": values, "slots": shapes(programs.slots), "failed": number}
-        return programs.step.lower(state, frozen, windows, number), trained
+        return programs.step.lower(state, frozen, windows, number)
     if program == "evaluate":
-        return programs.losses.lower(values, frozen, windows), trained
+        return programs.losses.lower(values, frozen, windows)
     prompt, length = sample
     run = sampling(model, length, prompt + length, greedy=False, top_k=40, use_top_p=False)
     rows, everywhere = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
@@ -89,7 +89,7 @@ def lower(program, config, mesh, sample=None):
     run = jax.jit(functional(model, run), in_shardings=layouts, out_shardings=rows)
     tokens, start = (ShapeDtypeStruct(s, "int32") for s in ((config.batch_size, prompt), (config.batch_size,)))
     real = ShapeDtypeStruct((), "float32")
-    return run.lower(shapes(model.variables), tokens, start, real, real, number, number), trained
+    return run.lower(shapes(model.variables), tokens, start, real, real, number, number)
 
 
 def _size(shapes: str) -> int:
@@ -177,7 +177,7 @@ def main(request: dict) -> dict:
     began = time.perf_counter()
     slice_ = find(request["topology"])
     mesh, config = mesh_of(slice_), TrainConfig.from_dict(request["config"])
-    lowered, trained = lower(request["program"], config, mesh, request["sample"])
+    lowered = lower(request["program"], config, mesh, request["sample"])
     used = versions()
     identity = [lowered.as_text(), slice_.compiler_name, used["jaxlib"], used["libtpu"]]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
@@ -191,7 +191,6 @@ def main(request: dict) -> dict:
     if request["text"]:
         Path(request["text"]).write_text(text)
     result["host_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    result["gradient_bytes"] = sum(4 * math.prod(v.shape) for v in trained)
     write_atomically(file, json.dumps(result, indent=1).encode())
     return {**result, "cached": False}
 

@@ -1,4 +1,4 @@
-"""What follows from the configuration alone: parameters, operations, bytes; and an estimate of a step's memory."""
+"""What follows from the configuration alone: parameters, operations, bytes."""
 
 import math
 
@@ -23,14 +23,6 @@ def model_flops(shape: ModelConfig) -> int:
     Two for the forward pass and four for the gradients (Kaplan et al. 2020, arXiv:2001.08361, section 2.1).
     """
     return 6 * (shape.n_params - shape.n_ctx * shape.n_embd)
-
-
-def attention_flops(shape: ModelConfig) -> int:
-    """Operations a token of the scores and the weighted sums over a whole context, forward and backward.
-
-    12 L D T (Chowdhery et al. 2022, arXiv:2204.02311, appendix B), masked places included.
-    """
-    return 12 * shape.n_layer * shape.n_embd * shape.n_ctx
 
 
 def state_bytes(config: TrainConfig) -> dict[str, int]:
