@@ -18,7 +18,10 @@ def main():
         kept.flush()
         project = Path(__file__).resolve().parents[1]
         command = [sys.executable, "-m", "pip", "install", "-q", "-c", kept.name, "-e", str(project)]
-        return subprocess.run(command).returncode
+        failed = subprocess.run(command).returncode
+    if failed:
+        print("pip could not install the project beside what this runtime has; its lines above name the package")
+    return failed
 
 
 if __name__ == "__main__":
