@@ -131,6 +131,88 @@ def load(run_dir, dtype: str | None = None):
     return model, info
 
 
+class Copies:
+    """Copies of a run's checkpoints at another place, made in the background: a folder, or an address for fsspec.
+
+    A copy has its `checkpoint.json` last, so one that was cut off does not count. What goes wrong is a warning: the
+    next checkpoint is another chance. ConfigError for an address that cannot be used.
+    """
+
+    _STATE, _NOTE = "state.safetensors", "checkpoint.json"
+    _LINES = ("train.json", "metrics.jsonl", "incidents.jsonl")
+
+    def __init__(self, run_dir, address: str):
+        from concurrent.futures import ThreadPoolExecutor
+
+        from fsspec.core import url_to_fs
+
+        self.run_dir, self.address, self.running = Path(run_dir), address, None
+        self.pool = ThreadPoolExecutor(1)
+        try:
+            self.fs, self.root = url_to_fs(address)
+            self.steps()
+        except Exception as error:  # each file system has its own
+            package = getattr(error.__cause__, "name", None) if isinstance(error, ImportError) else None
+            advice = f"run `pip install {package}`" if package else " ".join(str(error).split())
+            raise ConfigError(f"TrainConfig.copy_to: {address} cannot be used: {advice}") from error
+
+    def steps(self) -> list[int]:
+        """The steps of the complete copies, rising."""
+        found = self.fs.glob(f"{self.root}/checkpoints/step-*/{self._NOTE}")
+        return sorted(int(path.split("/")[-2][5:]) for path in found)
+
+    def fetch(self) -> None:
+        """Bring a run here that has gone further there."""
+        folder = self.run_dir / "checkpoints"
+        steps = self.steps()
+        if steps and steps[-1] > max(list_steps(folder), default=0):
+            final, part = folder / f"step-{steps[-1]:08d}", folder / f".step-{steps[-1]:08d}.part"
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            for name in (self._STATE, self._NOTE):
+                self.fs.get_file(f"{self.root}/checkpoints/{final.name}/{name}", str(part / name))
+            for name in self._LINES:
+                if self.fs.exists(f"{self.root}/{name}"):
+                    self.fs.get_file(f"{self.root}/{name}", str(self.run_dir / name))
+            part.rename(final)
+
+    def start(self) -> None:
+        """Copy what is new, in the background."""
+        self.running = self.pool.submit(self._copy)
+
+    def wait(self) -> None:
+        """Until nothing is being copied."""
+        running, self.running = self.running, None
+        try:
+            if running:
+                running.result()
+        except Exception as error:
+            warnings.warn(
+                f"could not copy {self.run_dir} to {self.address}: {' '.join(str(error).split())}; the run goes on, "
+                "and its next checkpoint is copied again",
+                stacklevel=2,
+            )
+
+    def clear(self) -> None:
+        """Delete the copies."""
+        for name in ("checkpoints", *self._LINES):
+            if self.fs.exists(f"{self.root}/{name}"):
+                self.fs.rm(f"{self.root}/{name}", recursive=True)
+
+    def _copy(self):
+        here, there = list_steps(self.run_dir / "checkpoints"), self.steps()
+        for step in set(here) - set(there):
+            folder = f"checkpoints/step-{step:08d}"
+            self.fs.makedirs(f"{self.root}/{folder}", exist_ok=True)
+            for name in (self._STATE, self._NOTE):
+                self.fs.put_file(str(self.run_dir / folder / name), f"{self.root}/{folder}/{name}")
+        for name in self._LINES:
+            if (self.run_dir / name).exists():
+                self.fs.put_file(str(self.run_dir / name), f"{self.root}/{name}")
+        for step in set(there) - set(here):
+            self.fs.rm(f"{self.root}/checkpoints/step-{step:08d}", recursive=True)
+
+
 # --- OpenAI's layout --------------------------------------------------------------------------------------------------
 
 

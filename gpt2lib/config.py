@@ -156,6 +156,7 @@ class TrainConfig(_Strict):
     validation_windows: int = 64  # windows of n_ctx tokens, the same ones every time
     checkpoint_every: int = 500  # steps between checkpoints; also after the last step
     keep_checkpoints: int = 2
+    copy_to: str | None = None  # folder (a mounted Drive) or address (gs://bucket/run) for copies of checkpoints
     max_minutes: float | None = None  # stop, saved, after so long in this process; to be started again
     spike_deviations: float | None = 6.0  # report a loss so many standard deviations above those before; None: never
     tensorboard: bool = False  # write run_dir/tensorboard as well
@@ -196,10 +197,6 @@ class TrainConfig(_Strict):
                 )
         if self.learning_rate is None and self.optimizer != "adafactor":
             raise ConfigError("TrainConfig.learning_rate may be null for adafactor only; give adamw a number")
-        if self.dtype == "bfloat16" and self.optimizer != "adafactor":
-            raise ConfigError(
-                "TrainConfig.dtype `bfloat16` is for adafactor, which rounds well; for adamw: mixed_bfloat16"
-            )
         if self.batch_size % self.accumulate:
             raise ConfigError(
                 f"TrainConfig.batch_size ({self.batch_size}) must be a multiple of accumulate ({self.accumulate})"

@@ -115,6 +115,17 @@ def _free_memory() -> int | None:
         return None
 
 
+def is_tpu() -> bool:
+    """Whether the backend computes on TPUs."""
+    import keras
+
+    if keras.backend.backend() != "jax":
+        return False
+    import jax
+
+    return jax.default_backend() == "tpu"
+
+
 def functional(model, function):
     """`f(values of model.variables, *tensors)` of a `function(*tensors)` that reads those variables (JAX).
 

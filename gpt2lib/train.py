@@ -32,13 +32,14 @@ from gpt2lib import checkpoint, device
 from gpt2lib.config import ConfigError, ModelConfig, TrainConfig
 from gpt2lib.data import Batches, Corpus, CorpusError, prefetch, validation_windows
 from gpt2lib.evaluate.loss import total, window_losses
+from gpt2lib.plan.counts import memory
 from gpt2lib.report import provenance
 from gpt2lib.step import make_parts, make_step
 from gpt2lib.tokenizer import TokenizerError
 
 # A run goes on under another value of these; a change of any other would make it another run.
 _FREE = {
-    "corpus", "run_dir", "log_every", "validate_every", "checkpoint_every", "keep_checkpoints", "progress",
+    "corpus", "run_dir", "log_every", "validate_every", "checkpoint_every", "keep_checkpoints", "progress", "copy_to",
     "max_minutes", "spike_deviations", "tensorboard", "allow_changes", "remat", "loss_chunk", "sharded", "devices",
 }  # fmt: skip
 _ANEW = "name another folder for this run, or delete that one with restart=True (a study: `restart: true`, or --force)"
@@ -309,13 +310,8 @@ class _Spikes:
 def _memory(config, shape, n_devices) -> str:
     """What a step holds on each device, roughly, and what to change: for the message when it was too much."""
     rows = config.batch_size // config.accumulate / n_devices
-    tokens, width = rows * shape.n_ctx, 2 if "bfloat16" in config.dtype else 4
-    slots = 8 if config.optimizer == "adamw" else 4 if config.optimizer_options.get("beta1") else 0.05
-    parameter = 2 if config.dtype == "bfloat16" else 4
-    state = shape.n_params * (2 * parameter + slots) / (n_devices if config.sharded else 1)
-    layer = tokens * (34 * shape.n_embd * width / 2 + shape.n_head * shape.n_ctx * (4 + 2 * width))
-    activations = layer if config.remat else layer * shape.n_layer
-    logits = min(tokens, config.loss_chunk or tokens) * shape.n_vocab * 12
+    needed = memory(config, n_devices, shape, kernel=device.is_tpu())
+    state = needed["state"] + needed["gradients"]
     advice = [
         f"accumulate above {config.accumulate}" if rows > 1 else "",
         "" if config.remat else "remat: true",
@@ -326,8 +322,8 @@ def _memory(config, shape, n_devices) -> str:
     ]
     return (
         f"{rows:g} sequences of {shape.n_ctx} tokens at a time need about {state / 1e9:.1f} GB for parameters, "
-        f"gradients and slots, {activations / 1e9:.1f} GB for activations and {logits / 1e9:.1f} GB for logits on each "
-        f"of {n_devices} device(s); try {', '.join(filter(None, advice))}"
+        f"gradients and slots, {needed['blocks'] / 1e9:.1f} GB for activations and {needed['logits'] / 1e9:.1f} GB for "
+        f"logits on each of {n_devices} device(s); try {', '.join(filter(None, advice))}"
     )
 
 
@@ -363,6 +359,8 @@ def train(config: TrainConfig, restart: bool = False) -> dict:
     Returns: `read_history(config.run_dir)`.
     """
     began = time.monotonic()
+    if config.dtype == "bfloat16" and config.optimizer != "adafactor":
+        raise ConfigError("TrainConfig.dtype `bfloat16` is for adafactor, which rounds well; for adamw: mixed_bfloat16")
     host, n_hosts = device.hosts()
     main = host == 0
     corpus, run_dir = Corpus(config.corpus), Path(config.run_dir)
@@ -370,6 +368,11 @@ def train(config: TrainConfig, restart: bool = False) -> dict:
         raise ConfigError(f"init_from and run_dir are both {run_dir}; give the new run a folder of its own")
     if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
         raise ConfigError("TrainConfig.tensorboard needs tensorboardX; run: pip install tensorboardX")
+    copies = None
+    if main and config.copy_to:
+        copies = checkpoint.Copies(run_dir, config.copy_to)
+        if not restart:
+            copies.fetch()
     fresh = None, {"step": 0, "seconds": 0.0, "model": None}
     arrays, info = (None if restart else _newest(config, corpus)) or fresh
     done, seconds = info["step"], info["seconds"]
@@ -390,6 +393,8 @@ def train(config: TrainConfig, restart: bool = False) -> dict:
         with _disk_errors(run_dir):
             if restart:
                 _delete_run(run_dir)
+                if copies:
+                    copies.clear()
             run_dir.mkdir(parents=True, exist_ok=True)
             checkpoint.write_json(run_dir / "train.json", config.to_dict())
             metrics, incidents = _Lines(run_dir / "metrics.jsonl", done), _Lines(run_dir / "incidents.jsonl", done)
@@ -429,7 +434,11 @@ def train(config: TrainConfig, restart: bool = False) -> dict:
         arrays = step.arrays()
         if main:
             metrics.sync()
+            if copies:
+                copies.wait()
             checkpoint.save(run_dir / folder, done if at is None else at, arrays, info, keep)
+            if copies:
+                copies.start()
 
     def report(at, what, state_at):
         """Note an incident of step `at`, with its batch and the state after `state_at` steps; returns the sentence."""
@@ -466,6 +475,8 @@ def train(config: TrainConfig, restart: bool = False) -> dict:
     with contextlib.ExitStack() as stack:
         noted = stack.enter_context(_signals())
         stack.enter_context(bar)
+        if copies:
+            stack.callback(copies.wait)
         for file in filter(None, (metrics, incidents, board)):
             stack.callback(file.file.close)
         stack.enter_context(_out_of_memory(config, shape, n_devices))

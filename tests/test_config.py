@@ -154,7 +154,6 @@ def test_model_values_out_of_range(values, said):
         ({"optimizer": "adafacto"}, ("adafacto", "adafactor")),
         ({"optimizer": "adam"}, ("`adam`", "`adamw`")),
         ({"dtype": "float16"}, ("float16", "bfloat16")),
-        ({"dtype": "bfloat16", "optimizer": "adamw"}, ("adamw", "mixed_bfloat16")),
         ({"batch_size": 8, "accumulate": 3}, ("batch_size", "8", "accumulate", "3")),
         ({"validation_windows": 1}, ("validation_windows", "2", "1")),
         ({"loss_chunk": 0}, ("loss_chunk", "0")),

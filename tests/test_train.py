@@ -246,6 +246,45 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(tmp_path, interrupt, 
     assert_same_run(config.run_dir, interrupted.run_dir)
 
 
+@pytest.mark.parametrize("kind", ["folder", "address"])
+def test_a_run_goes_on_from_its_copy(finished, tmp_path, interrupt, kind):
+    """On another machine, where only the copy is: a mounted folder, or an object store."""
+    place = str(tmp_path / "drive" / "run") if kind == "folder" else f"memory://{tmp_path.name}/run"
+    one = finished[0].replace(run_dir=str(tmp_path / "one"), copy_to=place, keep_checkpoints=1)
+    interrupt(5)
+    with pytest.raises(Interrupted):
+        train(one)
+    interrupt(None)
+    other = one.replace(run_dir=str(tmp_path / "other"))
+    history = train(other)
+    assert [line["step"] for line in history["train"]] == [1, 2, 3, 4, 5, 6]
+    assert_same_run(finished[0].run_dir, other.run_dir)
+    third = one.replace(run_dir=str(tmp_path / "third"))
+    interrupt(0)
+    assert train(third) == history, "it is finished, and was brought here"
+    assert checkpoint.Copies(third.run_dir, place).steps() == [6], "as many as the run keeps"
+    assert not list(Path(third.run_dir).rglob("*.part"))
+    interrupt(None)
+    train(third.replace(max_steps=2, warmup_steps=1, checkpoint_every=2), restart=True)
+    assert checkpoint.Copies(third.run_dir, place).steps() == [2]
+
+
+def test_a_copy_that_fails_does_not_end_the_run(finished, tmp_path):
+    config = finished[0].replace(run_dir=str(tmp_path / "run"), copy_to=str(tmp_path / "drive"))
+    (tmp_path / "drive").mkdir()
+    (tmp_path / "drive" / "checkpoints").write_text("in the way")
+    with pytest.warns(UserWarning, match=r"could not copy .* to .*drive: .*; the run goes on"):
+        train(config)
+    assert_same_run(finished[0].run_dir, config.run_dir)
+
+
+@pytest.mark.parametrize("place", ["nowhere://bucket/run", "gs://bucket/run"])
+def test_a_place_for_copies_that_cannot_be_used(copied, place):
+    with pytest.raises(ConfigError, match=r"copy_to: .* cannot be used: ") as error:
+        train(copied.replace(copy_to=place))
+    assert "\n" not in str(error.value)
+
+
 def test_interrupted_before_the_first_checkpoint(finished, tmp_path, interrupt):
     config = finished[0].replace(run_dir=str(tmp_path / "run"))
     interrupt(1)
@@ -408,6 +447,14 @@ def test_weight_decay_is_the_rate_times_the_weight(corpus, tmp_path):
     before = {v.path: np.asarray(v.value) for v in GPT2(base.model_config(257), seed=1).trainable_variables}
     for path, value in before.items():
         np.testing.assert_allclose(decayed[path], plain[path] - 0.05 * value, rtol=1e-5, atol=1e-6, err_msg=path)
+
+
+def test_adamw_does_not_train_bfloat16_parameters(corpus, tmp_path):
+    """Its updates would be lost in rounding; a plan may ask what it would need all the same."""
+    config = configuration(corpus, tmp_path / "run", dtype="bfloat16", optimizer="adamw", learning_rate=1e-3)
+    with pytest.raises(ConfigError, match="mixed_bfloat16"):
+        train(config)
+    assert not (tmp_path / "run").exists()
 
 
 def test_bfloat16_keeps_float32_parameters(corpus, tmp_path):

@@ -3,6 +3,7 @@
     python -m gpt2lib.plan 1.5B --topology v3-8 --optimizer adamw
 
 The program that `train` would run is compiled by Google's own compiler, in the `libtpu` wheel, on any x86-64 Linux.
+Elsewhere what it would say is estimated (`counts.memory`).
 """
 
 import dataclasses
@@ -14,11 +15,12 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from gpt2lib.config import ConfigError, TrainConfig
 from gpt2lib.plan.compiler import environment
-from gpt2lib.plan.counts import model_flops
+from gpt2lib.plan.counts import memory, model_flops, training_flops
 from gpt2lib.plan.topology import Topology, find
 from gpt2lib.report import workspace
 
@@ -43,12 +45,18 @@ class Plan:
     arguments: int | None = None  # of these: parameters, slots, tokens
     temporaries: int | None = None  # of these: gradients, activations
     flops: float | None = None
-    bytes_accessed: float | None = None  # read from memory or written to it
+    bytes_accessed: float | None = None  # as the compiler counts them, those of the cores' fast memory too
+    memory_traffic: float | None = None  # bytes read from the device's memory or written to it
     optimal_seconds: float | None = None  # the compiler's own guess; not to be trusted on every generation
     collectives: dict = dataclasses.field(default_factory=dict)  # {kind: {"count", "bytes"}} of what devices exchange
     compile_seconds: float | None = None
     details: dict = dataclasses.field(default_factory=dict, repr=False)  # versions, hash, memory of the compiler
     source: str = "compiler"  # compiler | estimate
+
+    @property
+    def batch_per_device(self) -> int:
+        """Sequences that a device computes at once."""
+        return self.config.batch_size // self.config.accumulate // self.slice.devices
 
     @property
     def tokens(self) -> int:
@@ -60,12 +68,13 @@ class Plan:
         """A step's time if nothing but matrix units or memory limited it (Williams, Waterman and Patterson 2009)."""
         if self.flops is None:
             return None
-        return max(self.flops / self.slice.peak, self.bytes_accessed / self.slice.bandwidth)
+        return max(self.flops / self.slice.peak, (self.memory_traffic or 0) / self.slice.bandwidth)
 
     @property
     def seconds(self) -> float | None:
         """A step's time: the compiler's own on v2 and v3, elsewhere, where that is no time, the roofline's."""
-        return self.optimal_seconds if self.slice.version in ("v2", "v3") else self.roofline_seconds
+        own = self.slice.version in ("v2", "v3") and self.source == "compiler"
+        return self.optimal_seconds if own else self.roofline_seconds
 
     def mfu(self, seconds: float) -> float:
         """Model FLOPs utilisation of steps that take so long: `counts.model_flops` over what the devices could do."""
@@ -80,32 +89,75 @@ class Plan:
         """What that costs at a price for one chip and one hour."""
         return self.hours(tokens) * price * math.prod(self.slice.chips)
 
+    def means(self) -> dict:
+        """The fields of TrainConfig that save memory, where they are not the usual ones."""
+        c = self.config
+        names = ("remat", "sharded", "accumulate", "loss_chunk")
+        return {name: getattr(c, name) for name in names if getattr(c, name) not in (False, 1, None)}
+
     def sentence(self) -> str:
         """What came out, for people."""
         c, gib = self.config, 2**30
-        what = f"{c.size} with {c.optimizer} in {c.dtype}, {c.batch_size // c.accumulate // self.slice.devices} x "
-        what += f"{c.model_config().n_ctx} tokens a core of {self.slice.name}"
+        what = f"{c.size} with {c.optimizer} in {c.dtype}, {self.batch_per_device} x {c.model_config().n_ctx} tokens a "
+        what += f"core of {self.slice.name}{''.join(f', {name}={value}' for name, value in self.means().items())}"
         sizes = f"{self.total / gib:.2f} GiB of {self.limit / gib:.2f}"
+        if self.source == "estimate":
+            sizes += " by an estimate"
         if self.fits:
             return f"{what}: fits, {sizes}"
         lacking = (self.total - self.limit) / gib
-        return f"{what}: does not fit, {sizes}, {lacking:.2f} too many; {' or '.join(self.remedies())}"
+        advice = "; ".join(f"{means}: about {total / gib:.1f} GiB" for means, total in self.remedies().items())
+        advice = f"what would fit: {advice}" if advice else "no means of this program would make it fit"
+        return f"{what}: does not fit, {sizes}, {lacking:.2f} too many; {advice}"
 
-    def remedies(self) -> list[str]:
-        """What would need less memory."""
-        c = self.config
-        found = []
-        if c.batch_size // c.accumulate > self.slice.devices:
-            found.append("a smaller batch at a time (accumulate)")
+    def remedies(self) -> dict[str, int]:
+        """What would make it fit, and the bytes that it would then need, by the estimate: one change, else several."""
+        c, devices = self.config, self.slice.devices
+        changes = {}
+        if self.batch_per_device > 1:
+            changes["accumulate"] = c.accumulate * self.batch_per_device
         if not c.remat:
-            found.append("remat=True")
-        if not c.sharded and self.slice.devices > 1:
-            found.append("sharded=True")
+            changes["remat"] = True
         if c.loss_chunk is None:
-            found.append("loss_chunk=1024")
+            changes["loss_chunk"] = 1024
+        if not c.sharded and devices > 1:
+            changes["sharded"] = True
+        if c.dtype == "float32":
+            changes["dtype"] = "mixed_bfloat16"
         if c.optimizer == "adamw":
-            found.append("optimizer=adafactor")
-        return found or ["a larger slice with sharded=True"]
+            changes["optimizer"] = "adafactor"
+
+        def needed(changed):
+            if "accumulate" in changed and c.batch_size % changed["accumulate"]:
+                return math.inf
+            before, after = (memory(x, devices)["total"] for x in (c, c.replace(**changed)))
+            return self.total * after / before
+
+        def named(changed):
+            return ", ".join(f"{name}={value}" for name, value in changed.items())
+
+        options = [{name: value} for name, value in changes.items()]
+        fitting = {named(x): int(needed(x)) for x in options if needed(x) <= self.limit}
+        together = {}
+        for name in changes:  # as many as it takes, in this order
+            if fitting:
+                break
+            together[name] = changes[name]
+            if needed(together) <= self.limit:
+                fitting[named(together)] = int(needed(together))
+        return fitting
+
+    def to_dict(self) -> dict:
+        """What a report records of it."""
+        c, names = self.config, ("flops", "bytes_accessed", "memory_traffic", "optimal_seconds", "compile_seconds")
+        out = {"size": c.size, "optimizer": c.optimizer, "dtype": c.dtype, "topology": self.slice.name}
+        out |= {"batch_per_device": self.batch_per_device, **self.means(), "source": self.source, "fits": self.fits}
+        out |= {"total": self.total, "limit": self.limit, "arguments": self.arguments, "temporaries": self.temporaries}
+        if self.fits:
+            out |= {name: getattr(self, name) for name in names} | {"collectives": self.collectives}
+            out |= {"seconds": self.seconds, "mfu": self.mfu(self.seconds), "tokens": self.tokens}
+            out |= {"roofline_seconds": self.roofline_seconds, "roofline_mfu": self.mfu(self.roofline_seconds)}
+        return out | {"host_bytes": self.details.get("host_bytes"), "program_hash": self.details.get("program_hash")}
 
 
 def libtpu() -> str | None:
@@ -140,6 +192,8 @@ def plan(
         text: a file for the compiled program, to be read.
         fields: others of TrainConfig that shape the program: remat, sharded, accumulate, loss_chunk, model, ...
 
+    Where there is no compiler, `train` is estimated: `source` says so.
+
     Raises: ConfigError for a name that there is not; PlanError where the compiler cannot be used.
     """
     slice_ = find(topology)
@@ -154,9 +208,7 @@ def plan(
     )
     library = libtpu()
     if library is None:
-        raise PlanError(
-            "there is no TPU compiler here; on x86-64 Linux run: pip install -c constraints.txt -e '.[plan]'"
-        )
+        return _estimate(config, slice_, program)
     request = {
         "program": program,
         "topology": slice_.name,
@@ -170,6 +222,56 @@ def plan(
     details = {name: value for name, value in answer.items() if name not in names}
     known = {name: value for name, value in answer.items() if name in names}
     return Plan(config=config, slice=slice_, program=program, details=details, **known)
+
+
+def plans(requests: list[dict], workers: int = 1, progress=iter) -> list[Plan]:
+    """A plan for each request, the arguments of `plan`; `workers` compile at a time.
+
+    The compiler needs 3 GB of the host's memory for 117M and 13 GB for 1.5B. `progress` wraps the plans as they come.
+    """
+    with ThreadPoolExecutor(workers) as pool:
+        return list(progress(pool.map(lambda request: plan(**request), requests)))
+
+
+def largest_batch(**request) -> list[Plan]:
+    """Plans at one sequence a device, at two, and so on to the most that fits; `request` has the arguments of `plan`.
+
+    Memory grows in proportion to the batch: the line through the two largest that fit says which one to try next,
+    until it says that no larger one fits, or that one was refused.
+    """
+    made, batch = {}, 1
+    while True:
+        made[batch] = plan(batch_per_device=batch, **request)
+        fitting = sorted(b for b in made if made[b].fits)
+        refused = min((b for b in made if not made[b].fits), default=math.inf)
+        if not fitting:
+            break
+        largest = fitting[-1]
+        if len(fitting) == 1:
+            batch = largest + 1
+        else:
+            slope = (made[largest].total - made[fitting[-2]].total) / (largest - fitting[-2])
+            more = int((made[largest].limit - made[largest].total) / slope)
+            batch = min(largest + more, refused - 1)
+        if batch <= largest or batch in made:
+            break
+    return [made[b] for b in sorted(made)]
+
+
+def _estimate(config, slice_, program) -> Plan:
+    """A plan of the train step without a compiler."""
+    if program != "train":
+        raise PlanError(
+            f"there is no TPU compiler here, and only `train` can be estimated, not `{program}`; on x86-64 Linux run: "
+            "pip install -c constraints.txt -e '.[plan]'"
+        )
+    needed = memory(config, slice_.devices)
+    flops = training_flops(config.model_config()) * config.batch_tokens / slice_.devices
+    total, limit = needed["total"], int(slice_.memory * 0.97)  # the rest is the runtime's
+    return Plan(
+        config=config, slice=slice_, program=program, fits=total <= limit, total=total, limit=limit,
+        arguments=needed["state"], temporaries=total - needed["state"], flops=flops, source="estimate",
+    )  # fmt: skip
 
 
 def _ask(request: dict, library: str) -> dict:

@@ -25,12 +25,20 @@ def model_flops(shape: ModelConfig) -> int:
     return 6 * (shape.n_params - shape.n_ctx * shape.n_embd)
 
 
-def state_bytes(config: TrainConfig) -> dict[str, int]:
+def training_flops(shape: ModelConfig) -> int:
+    """Operations a token of the train step on a TPU: `model_flops` and those of attention, whose kernel skips what is
+    masked: two products of the lower triangle forward, five backward.
+    """
+    return model_flops(shape) + 7 * shape.n_ctx * shape.n_embd * shape.n_layer
+
+
+def state_bytes(config: TrainConfig, shape: ModelConfig | None = None) -> dict[str, int]:
     """Bytes of the parameters, of the optimizer's slots and of the gradients of a run, on one device that has them all.
 
-    Adam has two numbers for each parameter, Adafactor a row and a column of a matrix (Shazeer and Stern 2018).
+    Adam has two numbers for each parameter, in its type; Adafactor a row and a column of a matrix (Shazeer and Stern
+    2018).
     """
-    shape = config.model_config()
+    shape = shape or config.model_config()
     d, layers, low = shape.n_embd, shape.n_layer, config.dtype == "bfloat16"
     matrices = [(shape.n_vocab, d), (shape.n_ctx, d)]
     matrices += layers * [(d, 3 * d), (d, d), (d, 4 * d), (4 * d, d)]
@@ -39,9 +47,35 @@ def state_bytes(config: TrainConfig) -> dict[str, int]:
     in_float32 = norms if low else shape.n_params
     parameters = 4 * in_float32 + 2 * (shape.n_params - in_float32)
     if config.optimizer == "adamw":
-        slots = 8 * shape.n_params
+        slots = 2 * parameters
     else:
         slots = 4 * (sum(map(sum, matrices)) + vectors)
         slots += 4 * shape.n_params * bool(config.optimizer_options.get("beta1"))
         slots += 4 * (shape.n_params - norms) * (low and config.optimizer_options.get("rounding") == "master")
     return {"parameters": parameters, "slots": slots, "gradients": 4 * shape.n_params}
+
+
+def memory(config: TrainConfig, devices: int, shape: ModelConfig | None = None, kernel: bool = True) -> dict[str, int]:
+    """Bytes that a train step needs on each device, by what they hold; an estimate.
+
+    state: parameters and slots. Of the others not all exist at a time: blocks (what they keep for their gradients) and
+    logits (with their slope) are at their most when the gradients begin, gradients when they end; `total` takes the
+    larger of the two. Without a `kernel` for attention its weights are kept as well. The constants were fitted to what
+    the compiler said (`reports/plan`), where the total is within 15% of it.
+    """
+    shape = shape or config.model_config()
+    d, layers, low = shape.n_embd, shape.n_layer, 4 if config.dtype == "float32" else 2
+    tokens = config.batch_size // config.accumulate / devices * shape.n_ctx
+    held, cut = state_bytes(config, shape), devices if config.sharded else 1
+    kept = 14 * low * d
+    if not kernel:
+        kept += shape.n_head * shape.n_ctx * (4 + 2 * low)
+    blocks = tokens * (kept + low * d * layers if config.remat else kept * layers)
+    logits = 8 * min(tokens, config.loss_chunk or tokens) * shape.n_vocab
+    matrix = 4 * shape.n_vocab * d  # of the tied embedding, in float32, several of which exist in the update
+    sums = 4 * shape.n_params / cut if config.accumulate > 1 else 0
+    gradients = low * shape.n_params / cut
+    most = max(1.06 * (blocks + logits + matrix), gradients + 4.75 * matrix) + sums
+    state, program = (held["parameters"] + held["slots"]) / cut, 13e6 * layers
+    parts = dict(state=state, blocks=blocks, logits=logits, gradients=gradients + sums, total=state + most + program)
+    return {name: int(value) for name, value in parts.items()}
