@@ -2,10 +2,11 @@
 # make reports/<study>   the same for any study, such as: make reports/docstrings
 # make test              unit tests on TensorFlow and JAX, notebooks compared with their committed outputs
 # make test-slow         the tests that take minutes each
+# make test-colab        the tests with the packages of Colab's TPU runtime, which has no TensorFlow, and its GPU runtime
 # make lint              ruff on code and notebooks
 # make help              this list
 
-.PHONY: help reproduce test test-slow lint FORCE
+.PHONY: help reproduce test test-slow test-colab lint FORCE
 help:
 	@sed -n '/^#/!q; s/^# /  /p' Makefile
 
@@ -29,6 +30,11 @@ test-slow: .venv/.installed-test
 	KERAS_BACKEND=tensorflow $(PYTEST) tests -m slow || [ $$? -eq 5 ]
 	KERAS_BACKEND=jax $(PYTEST) tests -m "slow and not backend_free" || [ $$? -eq 5 ]
 
+# Old packages warn of what newer Pythons will not have.
+test-colab: .venv/.colab-tpu .venv/.colab-gpu
+	KERAS_BACKEND=jax .venv/colab-tpu/bin/python -m pytest tests -W ignore::DeprecationWarning
+	KERAS_BACKEND=tensorflow .venv/colab-gpu/bin/python -m pytest tests -W ignore::DeprecationWarning
+
 lint: .venv/.installed-test
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
@@ -46,6 +52,17 @@ lint: .venv/.installed-test
 
 .venv/.installed-bench: .venv/.installed
 	@$(PIP) install -q -c constraints.txt -e '.[tensorflow,notebooks,bench]'
+	@touch $@
+
+# What Colab has, then what a notebook's first cell adds, which must replace none of it, then what tests need.
+.venv/.colab-%: tests/colab/%.txt notebooks/colab.py pyproject.toml | .venv/bin/python
+	@echo "Installing what Colab's $* runtime has into .venv/colab-$*: some minutes"
+	@rm -rf .venv/colab-$* && .venv/bin/python -m venv --without-pip .venv/colab-$*
+	@$(PIP) --python .venv/colab-$*/bin/python install -q pip -r $<
+	@.venv/colab-$*/bin/python notebooks/colab.py
+	@$(PIP) --python .venv/colab-$*/bin/python install -q -c $< pytest nbval papermill psutil tensorboardX
+	@grep -v '^#' $< | sort >$@.list && $(PIP) --python .venv/colab-$*/bin/python freeze --all | sort | comm -23 $@.list - >$@.lost
+	@! grep . $@.lost
 	@touch $@
 
 .venv/bin/python:

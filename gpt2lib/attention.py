@@ -35,10 +35,18 @@ def target(mesh, alone: bool):
         _target.reset(token)
 
 
+def platform() -> str:
+    """What the program is made for: cpu, gpu or tpu."""
+    import jax
+
+    mesh, _ = _target.get()
+    return mesh.devices.flat[0].platform if mesh else jax.default_backend()
+
+
 def usable(t, config) -> bool:
     """Whether the program is made for TPUs and the kernel can take a context of t tokens."""
     mesh, _ = _target.get()
-    if mesh is None or mesh.devices.flat[0].platform != "tpu" or not fits(t, config.n_embd, config.n_head):
+    if mesh is None or platform() != "tpu" or not fits(t, config.n_embd, config.n_head):
         return False
     return works(mesh.devices.flat[0])
 

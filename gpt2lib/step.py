@@ -6,6 +6,7 @@ programs, gradients and update, on one device or mirrored on several.
 """
 
 import contextlib
+import functools
 import inspect
 import math
 
@@ -81,13 +82,15 @@ def make_parts(config, shape, init):
     return model, optimizer, trained
 
 
-def _product(a, b):
-    """A matrix product: float32 with JAX, whatever a and b are; TensorFlow rounds the sums to their type."""
-    if keras.backend.backend() == "jax":
-        from jax import numpy
+def _product():
+    """The matrix product to use: float32 with JAX; TensorFlow rounds the sums to the type of the operands."""
+    if keras.backend.backend() != "jax":
+        return ops.matmul
+    from jax import numpy
 
-        return numpy.matmul(a, b, preferred_element_type="float32")
-    return ops.matmul(a, b)
+    if attention.platform() == "cpu":  # where older versions cannot multiply bfloat16 into float32
+        return lambda a, b: numpy.matmul(a.astype("float32"), b.astype("float32"))
+    return functools.partial(numpy.matmul, preferred_element_type="float32")
 
 
 def _width(b, t, chunk):
@@ -113,19 +116,19 @@ def cross_entropy(h, wte, labels, dtype="float32", chunk=None):
     logits of about that many tokens exist at a time. The three matrix products run in `dtype`; the softmax is float32.
     """
     b, t, d = h.shape
-    width = _width(b, t, chunk)
+    width, product = _width(b, t, chunk), _product()
 
     def part(h, wte, labels):  # [B, W, D], [V, D], [B, W] -> their nats, and what their gradients are made of
         low = ops.cast(wte, dtype)
-        logits = _product(ops.cast(h, dtype), ops.transpose(low))  # [B, W, V]
+        logits = product(ops.cast(h, dtype), ops.transpose(low))  # [B, W, V]
         nats, slope = _nats_and_slope(logits, labels, dtype)
         return nats, (h, low, slope)
 
     def gradients(kept, scale):
         h, low, slope = kept
         rows = ops.reshape(ops.cast(h * scale, dtype), (-1, d))
-        dwte = _product(ops.transpose(ops.reshape(slope, (-1, low.shape[0]))), rows)
-        return ops.cast(_product(slope, low), "float32") * scale, ops.cast(dwte, "float32")
+        dwte = product(ops.transpose(ops.reshape(slope, (-1, low.shape[0]))), rows)
+        return ops.cast(product(slope, low), "float32") * scale, ops.cast(dwte, "float32")
 
     def whole(h, wte, labels):
         nats, kept = part(h, wte, labels)

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import re
 import signal
 import sys
@@ -22,7 +23,6 @@ from pathlib import Path
 import nbformat
 import papermill
 import yaml
-from ipykernel.kernelspec import make_ipkernel_cmd
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 from papermill.exceptions import PapermillExecutionError
@@ -52,6 +52,9 @@ class OwnKernel(AsyncKernelManager):
     @property
     def kernel_spec(self) -> KernelSpec:
         quiet = ["--log-level=CRITICAL"]  # an error of a cell is in the notebook; the rest is about Jupyter
+        os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # older debuggers warn, here and in the kernel
+        from ipykernel.kernelspec import make_ipkernel_cmd
+
         return KernelSpec(argv=make_ipkernel_cmd(extra_arguments=quiet), **_LANGUAGE)
 
 

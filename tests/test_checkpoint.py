@@ -1,6 +1,7 @@
 """Checkpoints: OpenAI's layout to the bit; training checkpoints that outlive what happens to disks."""
 
 import errno
+import importlib.util
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from gpt2lib.model import GPT2
 from gpt2lib.step import make_step
 
 DATA = "model.ckpt.data-00000-of-00001"
+writes_tf1 = pytest.mark.skipif(importlib.util.find_spec("tensorflow") is None, reason="TensorFlow is not installed")
 OTHER = {"tensorflow": "jax", "jax": "tensorflow"}[keras.backend.backend()]
 
 
@@ -55,6 +57,7 @@ def copy(golden, tmp_path) -> Path:
 # --- OpenAI's layout --------------------------------------------------------------------------------------------------
 
 
+@writes_tf1
 def test_saving_writes_openais_bytes(golden, tmp_path):
     model = load_openai(golden / "openai-test")
     save_openai(model, tmp_path / "saved")
@@ -67,6 +70,7 @@ def test_saving_writes_openais_bytes(golden, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"saved"}, "nothing stays beside it"
 
 
+@writes_tf1
 def test_round_trip_bit_for_bit(tmp_path):
     config = ModelConfig(n_vocab=101, n_ctx=13, n_embd=35, n_head=5, n_layer=12)  # h10 sorts before h2
     model = GPT2(config, init=distinctive)
@@ -80,6 +84,7 @@ def test_round_trip_bit_for_bit(tmp_path):
         np.testing.assert_array_equal(value, distinctive(path, value.shape))
 
 
+@writes_tf1
 def test_a_bfloat16_model_reads_and_writes_float32(golden, tmp_path):
     model = load_openai(golden / "openai-test", dtype="mixed_bfloat16")
     assert model.compute_dtype == "bfloat16"
@@ -255,6 +260,7 @@ def test_a_folder_that_is_not_there(tmp_path):
         load_openai(tmp_path / "nowhere")
 
 
+@writes_tf1
 def test_a_failed_save_leaves_the_folder_as_it_was(copy, golden, monkeypatch):
     model = load_openai(copy)
     before = {path.name: path.read_bytes() for path in copy.iterdir()}
@@ -269,6 +275,7 @@ def test_a_failed_save_leaves_the_folder_as_it_was(copy, golden, monkeypatch):
     assert [path.name for path in copy.parent.iterdir()] == ["model"]
 
 
+@writes_tf1
 def test_a_save_keeps_the_vocabulary_beside_it(copy):
     (copy / "vocab.bpe").write_text("merges")
     save_openai(load_openai(copy), copy)
@@ -276,6 +283,7 @@ def test_a_save_keeps_the_vocabulary_beside_it(copy):
     load_openai(copy)
 
 
+@writes_tf1
 def test_a_folder_of_something_else_is_not_written_to(copy, tmp_path):
     (tmp_path / "data" / "corpus").mkdir(parents=True)
     (tmp_path / "data" / "notes.txt").write_text("mine")
@@ -464,6 +472,7 @@ checkpoint.save(sys.argv[1] + ".back", info["step"], step.arrays(), {"from": t.O
 """
 
 
+@pytest.mark.skipif(importlib.util.find_spec(OTHER) is None, reason=f"{OTHER} is not installed")
 @pytest.mark.parametrize("optimizer", ["adafactor", "adamw"])
 def test_the_other_backend_restores_it_bit_for_bit(tmp_path, optimizer):
     """Saved here, restored and saved again there; run on both backends, this is both directions."""

@@ -25,7 +25,9 @@ from gpt2lib.step import make_optimizer
 pytestmark = pytest.mark.backend_free
 
 SMALL = {"n_ctx": 128, "n_embd": 128, "n_head": 2, "n_vocab": 311, "n_layer": 3}
-compiles = pytest.mark.skipif(planning.libtpu() is None, reason="libtpu is not installed")
+VERSION = planning._version("libtpu") if planning.libtpu() else ""
+OLD = bool(VERSION) and tuple(map(int, VERSION.split(".")[:3])) < (0, 0, 52)  # as Colab's is
+compiles = pytest.mark.skipif(not VERSION or OLD, reason=f"libtpu {VERSION} is too old" if OLD else "no libtpu")
 
 
 # --- counts -----------------------------------------------------------------------------------------------------------
@@ -309,6 +311,13 @@ def test_a_compiler_that_crashes_ends_its_own_process(monkeypatch, tmp_path):
     monkeypatch.setattr(planning.subprocess, "run", lambda *args, **kwargs: crashed)
     with pytest.raises(PlanError, match=r"ended with SIGABRT; plans were made with libtpu 0\.0\.52"):
         plan("117M", cache=tmp_path)
+
+
+@pytest.mark.skipif(not OLD, reason="this compiler is new enough")
+def test_a_compiler_that_is_too_old_is_a_sentence(tmp_path):
+    with pytest.raises(PlanError, match=rf"libtpu {re.escape(VERSION)}.*plans were made with libtpu") as error:
+        plan("test", topology="v5e-1", cache=tmp_path, model=SMALL)
+    assert "\n" not in str(error.value)
 
 
 @compiles

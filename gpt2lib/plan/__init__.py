@@ -92,8 +92,8 @@ class Plan:
     def means(self) -> dict:
         """The fields of TrainConfig that save memory, where they are not the usual ones."""
         c = self.config
-        names = ("remat", "sharded", "accumulate", "loss_chunk")
-        return {name: getattr(c, name) for name in names if getattr(c, name) not in (False, 1, None)}
+        usual = {"remat": False, "sharded": False, "accumulate": 1, "loss_chunk": None}
+        return {name: getattr(c, name) for name in usual if getattr(c, name) != usual[name]}
 
     def sentence(self) -> str:
         """What came out, for people."""
@@ -224,38 +224,35 @@ def plan(
     return Plan(config=config, slice=slice_, program=program, details=details, **known)
 
 
-def plans(requests: list[dict], workers: int = 1, progress=iter) -> list[Plan]:
+def plans(requests: list[dict], workers: int = 1, progress=None) -> list[Plan]:
     """A plan for each request, the arguments of `plan`; `workers` compile at a time.
 
-    The compiler needs 3 GB of the host's memory for 117M and 13 GB for 1.5B. `progress` wraps the plans as they come.
+    The compiler needs 3 GB of the host's memory for 117M and 13 GB for 1.5B. `progress(plans,
+    total)` wraps the plans as they come, such as tqdm.
     """
     with ThreadPoolExecutor(workers) as pool:
-        return list(progress(pool.map(lambda request: plan(**request), requests)))
+        made = pool.map(lambda request: plan(**request), requests)
+        return list(progress(made, total=len(requests)) if progress else made)
 
 
 def largest_batch(**request) -> list[Plan]:
     """Plans at one sequence a device, at two, and so on to the most that fits; `request` has the arguments of `plan`.
 
-    Memory grows in proportion to the batch: the line through the two largest that fit says which one to try next,
-    until it says that no larger one fits, or that one was refused.
+    Memory grows in proportion to the batch: the line through the largest that fits and its neighbour, refused or
+    smaller, says which one to try next, until none is left between.
     """
-    made, batch = {}, 1
-    while True:
+    made = {batch: plan(batch_per_device=batch, **request) for batch in (1, 2)}
+    while made[1].fits:
+        largest = max(batch for batch in made if made[batch].fits)
+        refused = min((batch for batch in made if batch > largest), default=math.inf)
+        other = refused if refused < math.inf else max(batch for batch in made if batch < largest)
+        slope = (made[other].total - made[largest].total) / (other - largest)
+        batch = largest + int((made[largest].limit - made[largest].total) / slope)
+        batch = min(batch, refused - 1)
+        if batch <= largest:
+            break
         made[batch] = plan(batch_per_device=batch, **request)
-        fitting = sorted(b for b in made if made[b].fits)
-        refused = min((b for b in made if not made[b].fits), default=math.inf)
-        if not fitting:
-            break
-        largest = fitting[-1]
-        if len(fitting) == 1:
-            batch = largest + 1
-        else:
-            slope = (made[largest].total - made[fitting[-2]].total) / (largest - fitting[-2])
-            more = int((made[largest].limit - made[largest].total) / slope)
-            batch = min(largest + more, refused - 1)
-        if batch <= largest or batch in made:
-            break
-    return [made[b] for b in sorted(made)]
+    return [made[batch] for batch in sorted(made)]
 
 
 def _estimate(config, slice_, program) -> Plan:

@@ -52,7 +52,8 @@ def state_bytes(config: TrainConfig, shape: ModelConfig | None = None) -> dict[s
         slots = 4 * (sum(map(sum, matrices)) + vectors)
         slots += 4 * shape.n_params * bool(config.optimizer_options.get("beta1"))
         slots += 4 * (shape.n_params - norms) * (low and config.optimizer_options.get("rounding") == "master")
-    return {"parameters": parameters, "slots": slots, "gradients": 4 * shape.n_params}
+    gradients = 4 * shape.n_params - (config.dtype != "float32") * 2 * 12 * d * d * layers  # of the blocks' matrices
+    return {"parameters": parameters, "slots": slots, "gradients": gradients}
 
 
 def memory(config: TrainConfig, devices: int, shape: ModelConfig | None = None, kernel: bool = True) -> dict[str, int]:
