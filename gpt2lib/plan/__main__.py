@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from gpt2lib.config import ConfigError
-from gpt2lib.plan import PlanError, plan
+from gpt2lib.plan import PlanError, libtpu, plan
 
 
 def main(arguments=None) -> int:
@@ -23,9 +23,9 @@ def main(arguments=None) -> int:
     parser.add_argument("--price", type=float, help="of one chip for an hour, for the cost")
     options = vars(parser.parse_args(arguments))
     tokens, price = options.pop("tokens"), options.pop("price")
-    print(
-        f"compiling {options['size']} for {options['topology']}: a minute for 117M, several for 1.5B", file=sys.stderr
-    )
+    if libtpu():
+        what = f"{options['size']} for {options['topology']}"
+        print(f"compiling {what}: a minute for 117M, several for 1.5B", file=sys.stderr)
     try:
         made = plan(**options)
     except (ConfigError, PlanError) as error:
