@@ -130,7 +130,7 @@ class Plan:
         def needed(changed):
             if "accumulate" in changed and c.batch_size % changed["accumulate"]:
                 return math.inf
-            before, after = (memory(x, devices)["total"] for x in (c, c.replace(**changed)))
+            before, after = (memory(x, devices, room=self.limit)["total"] for x in (c, c.replace(**changed)))
             return self.total * after / before
 
         def named(changed):
@@ -262,7 +262,7 @@ def _estimate(config, slice_, program) -> Plan:
             f"there is no TPU compiler here, and only `train` can be estimated, not `{program}`; on x86-64 Linux run: "
             "pip install -c constraints.txt -e '.[plan]'"
         )
-    needed = memory(config, slice_.devices)
+    needed = memory(config, slice_.devices, room=slice_.memory)
     flops = training_flops(config.model_config()) * config.batch_tokens / slice_.devices
     total, limit = needed["total"], int(slice_.memory * 0.97)  # the rest is the runtime's
     return Plan(

@@ -56,27 +56,32 @@ def state_bytes(config: TrainConfig, shape: ModelConfig | None = None) -> dict[s
     return {"parameters": parameters, "slots": slots, "gradients": gradients}
 
 
-def memory(config: TrainConfig, devices: int, shape: ModelConfig | None = None, kernel: bool = True) -> dict[str, int]:
+def memory(
+    config: TrainConfig, devices: int, shape: ModelConfig | None = None, kernel: bool = True, room: float = math.inf
+) -> dict[str, int]:
     """Bytes that a train step needs on each device, by what they hold; an estimate.
 
     state: parameters and slots. Of the others not all exist at a time: blocks (what they keep for their gradients) and
     logits (with their slope) are at their most when the gradients begin, gradients when they end; `total` takes the
     larger of the two. Without a `kernel` for attention its weights are kept as well. The constants were fitted to what
-    the compiler said (`reports/plan`), where the total is within 15% of it.
+    the compiler said, which is less thrifty where a device has `room`: `total` is within 15% of it in `reports/plan`.
     """
     shape = shape or config.model_config()
     d, layers, low = shape.n_embd, shape.n_layer, 4 if config.dtype == "float32" else 2
     tokens = config.batch_size // config.accumulate / devices * shape.n_ctx
     held, cut = state_bytes(config, shape), devices if config.sharded else 1
-    kept = 14 * low * d
+    state = (held["parameters"] + held["slots"]) / cut
+    kept = 15 * low * d
     if not kernel:
         kept += shape.n_head * shape.n_ctx * (4 + 2 * low)
     blocks = tokens * (kept + low * d * layers if config.remat else kept * layers)
     logits = 8 * min(tokens, config.loss_chunk or tokens) * shape.n_vocab
-    matrix = 4 * shape.n_vocab * d  # of the tied embedding, in float32, several of which exist in the update
-    sums = 4 * shape.n_params / cut if config.accumulate > 1 else 0
-    gradients = low * shape.n_params / cut
-    most = max(1.06 * (blocks + logits + matrix), gradients + 4.75 * matrix) + sums
-    state, program = (held["parameters"] + held["slots"]) / cut, 13e6 * layers
-    parts = dict(state=state, blocks=blocks, logits=logits, gradients=gradients + sums, total=state + most + program)
+    matrix = (
+        (2 if config.dtype == "bfloat16" else 4) * shape.n_vocab * d
+    )  # the tied one, of which an update has several
+    gradients, sums = low * shape.n_params / cut, 4 * shape.n_params / cut * (config.accumulate > 1)
+    total = state + max(0.95 * (blocks + logits + 1.5 * matrix), 0.94 * gradients + 4.1 * matrix) + sums + 13e6 * layers
+    if config.optimizer == "adamw" and config.dtype != "mixed_bfloat16" and total < 0.7 * room < math.inf:
+        total += 0.56 * gradients
+    parts = dict(state=state, blocks=blocks, logits=logits, gradients=gradients + sums, total=total)
     return {name: int(value) for name, value in parts.items()}
