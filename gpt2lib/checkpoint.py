@@ -158,6 +158,7 @@ class Copies:
 
     def steps(self) -> list[int]:
         """The steps of the complete copies, rising."""
+        self.fs.invalidate_cache()
         found = self.fs.glob(f"{self.root}/checkpoints/step-*/{self._NOTE}")
         return sorted(int(path.split("/")[-2][5:]) for path in found)
 
