@@ -134,8 +134,9 @@ def load(run_dir, dtype: str | None = None):
 class Copies:
     """Copies of a run's checkpoints at another place, made in the background: a folder, or an address for fsspec.
 
-    A copy has its `checkpoint.json` last, so one that was cut off does not count. What goes wrong is a warning: the
-    next checkpoint is another chance. ConfigError for an address that cannot be used.
+    A copy has its `checkpoint.json` last, so one that was cut off does not count, and files that are copied again
+    replace the old ones at once. What goes wrong is a warning: the next checkpoint is another chance. ConfigError for
+    an address that cannot be used.
     """
 
     _STATE, _NOTE = "state.safetensors", "checkpoint.json"
@@ -174,7 +175,8 @@ class Copies:
                 self.fs.get_file(f"{self.root}/checkpoints/{final.name}/{name}", str(part / name))
             for name in self._LINES:
                 if self.fs.exists(f"{self.root}/{name}"):
-                    self.fs.get_file(f"{self.root}/{name}", str(self.run_dir / name))
+                    self.fs.get_file(f"{self.root}/{name}", str(self.run_dir / f".{name}.part"))
+                    (self.run_dir / f".{name}.part").replace(self.run_dir / name)
             part.rename(final)
 
     def start(self) -> None:
@@ -202,16 +204,22 @@ class Copies:
 
     def _copy(self):
         here, there = list_steps(self.run_dir / "checkpoints"), self.steps()
-        for step in set(here) - set(there):
-            folder = f"checkpoints/step-{step:08d}"
+        folders = [f"checkpoints/step-{step:08d}" for step in sorted(set(here) - set(there))]
+        for folder in folders:
             self.fs.makedirs(f"{self.root}/{folder}", exist_ok=True)
-            for name in (self._STATE, self._NOTE):
-                self.fs.put_file(str(self.run_dir / folder / name), f"{self.root}/{folder}/{name}")
-        for name in self._LINES:
+            self.fs.put_file(str(self.run_dir / folder / self._STATE), f"{self.root}/{folder}/{self._STATE}")
+        for name in self._LINES:  # never behind the checkpoints
             if (self.run_dir / name).exists():
-                self.fs.put_file(str(self.run_dir / name), f"{self.root}/{name}")
+                self._replace(name)
+        for folder in folders:
+            self._replace(f"{folder}/{self._NOTE}")
         for step in set(there) - set(here):
             self.fs.rm(f"{self.root}/checkpoints/step-{step:08d}", recursive=True)
+
+    def _replace(self, name):
+        final = f"{self.root}/{name}"
+        self.fs.put_file(str(self.run_dir / name), f"{final}.part")
+        self.fs.mv(f"{final}.part", final)
 
 
 # --- OpenAI's layout --------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -267,6 +268,32 @@ def test_a_run_goes_on_from_its_copy(finished, tmp_path, interrupt, kind):
     interrupt(None)
     train(third.replace(max_steps=2, warmup_steps=1, checkpoint_every=2), restart=True)
     assert checkpoint.Copies(third.run_dir, place).steps() == [2]
+
+
+@pytest.mark.parametrize("cut", ["state.safetensors", "metrics.jsonl", "checkpoint.json"])
+def test_a_copy_that_is_cut_off_leaves_the_one_before(finished, tmp_path, monkeypatch, cut):
+    """The bytes of one file stop half-way in the second copy; another machine goes on from the first."""
+    from fsspec.implementations.local import LocalFileSystem
+
+    place, whole = tmp_path / "drive", LocalFileSystem.put_file
+    first = place / "checkpoints" / "step-00000002" / "checkpoint.json"
+
+    def put_file(self, source, target, *more, **named):
+        whole(self, source, target, *more, **named)
+        if cut in target and first.exists():
+            os.truncate(target, os.path.getsize(target) // 2)
+            raise OSError("the connection broke")
+
+    one = finished[0].replace(run_dir=str(tmp_path / "one"), copy_to=str(place))
+    monkeypatch.setattr(LocalFileSystem, "put_file", put_file)
+    with pytest.warns(UserWarning, match="the connection broke"):
+        train(one)
+    monkeypatch.undo()
+    assert checkpoint.Copies(one.run_dir, str(place)).steps() == [2]
+    other = one.replace(run_dir=str(tmp_path / "other"))
+    history = train(other)
+    assert [line["step"] for line in history["train"]] == [1, 2, 3, 4, 5, 6]
+    assert_same_run(finished[0].run_dir, other.run_dir)
 
 
 def test_a_copy_that_fails_does_not_end_the_run(finished, tmp_path):
