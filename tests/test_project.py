@@ -172,3 +172,32 @@ def test_readme_says_how_fast_it_was():
         for other in (peer, fused):
             cells += [f"{other['tokens/s']:.0f}", f"{other['ours / it']:.2f}"]
         assert f"| {' | '.join(cells)} |" in readme
+
+
+def test_readme_says_what_the_compiler_said():
+    """The claim of 2019, what makes Adam fit after all, and how well the chips are used."""
+    numbers = json.loads((ROOT / "reports" / "plan" / "00_plan.json").read_text())["numbers"]
+    readme = " ".join((ROOT / "README.md").read_text().split())
+
+    def gib(row):
+        return f"{row['total'] / 2**30:.1f}"
+
+    claim = {
+        (row["optimizer"], row["dtype"]): row
+        for row in numbers["grid"]
+        if (row["size"], row["topology"]) == ("1.5B", "v3-512")
+    }
+    for name, optimizer in (("AdamW", "adamw"), ("Adafactor", "adafactor")):
+        rows = [claim[optimizer, dtype] for dtype in ("float32", "mixed_bfloat16", "bfloat16")]
+        cells = [f"{gib(row)} GiB" + ("" if row["fits"] else ", refused") for row in rows]
+        assert f"| {name} | {' | '.join(cells)} |" in readme
+    adam = [row for row in numbers["means"] if (row["optimizer"], row["dtype"]) == ("adamw", "mixed_bfloat16")]
+    known = {"remat", "loss_chunk", "accumulate", "sharded"}
+    means = {name: next(row for row in adam if known & row.keys() == {name}) for name in known}
+    assert [name for name, row in means.items() if row["fits"]] == ["sharded"]
+    for name, said in (("remat", "rematerialisation ({})"), ("loss_chunk", "a loss in chunks ({})"),
+                       ("accumulate", "accumulation ({})"), ("sharded", "v3-8: {} GiB")):  # fmt: skip
+        assert said.format(gib(means[name])) in readme
+    best = numbers["best"]
+    assert f"117M reaches {best['117M v3-8']['mfu']:.0%} of a v3's peak" in readme
+    assert f"would allow {best['117M v5e-8']['roofline_mfu']:.0%}" in readme
