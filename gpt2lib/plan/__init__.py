@@ -238,17 +238,18 @@ def plans(requests: list[dict], workers: int = 1, progress=None) -> list[Plan]:
 def largest_batch(**request) -> list[Plan]:
     """Plans at one sequence a device, at two, and so on to the most that fits; `request` has the arguments of `plan`.
 
-    Memory grows in proportion to the batch: the line through the largest that fits and its neighbour, refused or
-    smaller, says which one to try next, until none is left between.
+    Memory grows in proportion to the batch, until the compiler begins to compute things again instead of keeping
+    them: the line through the largest that fits and its neighbour, refused or smaller, says which one to try next, but
+    not more than twice as many, until none is left between.
     """
     made = {batch: plan(batch_per_device=batch, **request) for batch in (1, 2)}
     while made[1].fits:
         largest = max(batch for batch in made if made[batch].fits)
         refused = min((batch for batch in made if batch > largest), default=math.inf)
         other = refused if refused < math.inf else max(batch for batch in made if batch < largest)
-        slope = (made[other].total - made[largest].total) / (other - largest)
+        slope = max(1, (made[other].total - made[largest].total) / (other - largest))
         batch = largest + int((made[largest].limit - made[largest].total) / slope)
-        batch = min(batch, refused - 1)
+        batch = min(batch, refused - 1, max(2 * largest, 16))
         if batch <= largest:
             break
         made[batch] = plan(batch_per_device=batch, **request)
@@ -280,6 +281,8 @@ def _ask(request: dict, library: str) -> dict:
     answer = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
     if answer and "error" not in answer:
         return answer
+    if "Ran out of memory in memory space" in answer.get("error", ""):  # another one than that of the parameters
+        raise PlanError(f"the TPU compiler has no room for so large a step ({answer['error']}); take a smaller batch")
     name = "libtpu " + _version("libtpu")
     if done.returncode < 0:
         how = f"ended with {signal.Signals(-done.returncode).name}"
