@@ -244,6 +244,27 @@ def test_the_largest_batch(tmp_path):
     assert [p.total for p in together] == [p.total for p in made[:2]]
 
 
+@pytest.mark.parametrize("refusal", ["total", "no total"])
+def test_the_search_for_the_largest_batch(monkeypatch, refusal):
+    """Memory that grows, then less, because things are computed again; a compiler that may say no total beyond."""
+    tried = []
+
+    def answer(batch_per_device):
+        tried.append(batch_per_device)
+        if batch_per_device > 23 and refusal == "no total":
+            raise planning.NoRoom("no room")
+        total = min(2 + batch_per_device, 14 + 0.04 * batch_per_device)
+        made = made_up(total, batch_size=8 * batch_per_device)
+        return dataclasses.replace(
+            made, total=made.total if batch_per_device <= 23 else 18 << 30, fits=batch_per_device <= 23
+        )
+
+    monkeypatch.setattr(planning, "plan", answer)
+    made = planning.largest_batch()
+    assert [p.batch_per_device for p in made if p.fits][-1] == 23
+    assert max(tried) <= 32 and len(tried) < 12 and len(tried) == len(set(tried))
+
+
 def made_up(total, **fields):
     """A plan with a total, without a compiler."""
     config = TrainConfig("", "", **{"size": "1.5B", "batch_size": 8, "dtype": "mixed_bfloat16"} | fields)
@@ -318,7 +339,7 @@ def test_a_batch_beyond_every_memory_is_a_sentence(monkeypatch, tmp_path):
     done = subprocess.CompletedProcess([], 0, json.dumps({"error": said}), "")
     monkeypatch.setattr(planning, "libtpu", lambda: str(tmp_path / "libtpu.so"))
     monkeypatch.setattr(planning.subprocess, "run", lambda *args, **kwargs: done)
-    with pytest.raises(PlanError, match=r"no room for so large a step \(.* smem\.\); take a smaller batch$"):
+    with pytest.raises(planning.NoRoom, match=r"no room for so large a step \(.* smem\.\); take a smaller batch$"):
         plan("117M", cache=tmp_path, batch_per_device=500)
 
 

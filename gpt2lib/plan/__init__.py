@@ -32,6 +32,10 @@ class PlanError(RuntimeError):
     """No plan could be made; the message says why and what to do."""
 
 
+class NoRoom(PlanError):
+    """The compiler refuses a step for want of another memory than that of the parameters; it says no total."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """A program of a run on a slice of TPUs. Bytes and operations are those of one device."""
@@ -130,7 +134,7 @@ class Plan:
         def needed(changed):
             if "accumulate" in changed and c.batch_size % changed["accumulate"]:
                 return math.inf
-            before, after = (memory(x, devices, room=self.limit)["total"] for x in (c, c.replace(**changed)))
+            before, after = (memory(x, devices)["total"] for x in (c, c.replace(**changed)))
             return self.total * after / before
 
         def named(changed):
@@ -242,17 +246,32 @@ def largest_batch(**request) -> list[Plan]:
     them: the line through the largest that fits and its neighbour, refused or smaller, says which one to try next, but
     not more than twice as many, until none is left between.
     """
-    made = {batch: plan(batch_per_device=batch, **request) for batch in (1, 2)}
+    made, refused = {}, math.inf
+
+    def attempt(batch):
+        nonlocal refused
+        try:
+            made[batch] = plan(batch_per_device=batch, **request)
+            fits = made[batch].fits
+        except NoRoom:
+            fits = False
+        if not fits:
+            refused = min(refused, batch)
+
+    attempt(1)
+    attempt(2)
     while made[1].fits:
         largest = max(batch for batch in made if made[batch].fits)
-        refused = min((batch for batch in made if batch > largest), default=math.inf)
-        other = refused if refused < math.inf else max(batch for batch in made if batch < largest)
-        slope = max(1, (made[other].total - made[largest].total) / (other - largest))
-        batch = largest + int((made[largest].limit - made[largest].total) / slope)
+        smaller = max((batch for batch in made if batch < largest), default=None)
+        other = refused if refused in made else smaller
+        batch = refused - 1
+        if other is not None:
+            slope = max(1, (made[other].total - made[largest].total) / (other - largest))
+            batch = largest + int((made[largest].limit - made[largest].total) / slope)
         batch = min(batch, refused - 1, max(2 * largest, 16))
         if batch <= largest:
             break
-        made[batch] = plan(batch_per_device=batch, **request)
+        attempt(batch)
     return [made[batch] for batch in sorted(made)]
 
 
@@ -263,7 +282,7 @@ def _estimate(config, slice_, program) -> Plan:
             f"there is no TPU compiler here, and only `train` can be estimated, not `{program}`; on x86-64 Linux run: "
             "pip install -c constraints.txt -e '.[plan]'"
         )
-    needed = memory(config, slice_.devices, room=slice_.memory)
+    needed = memory(config, slice_.devices, room=slice_.memory, thrifty=slice_.version == "v6e")
     flops = training_flops(config.model_config()) * config.batch_tokens / slice_.devices
     total, limit = needed["total"], int(slice_.memory * 0.97)  # the rest is the runtime's
     return Plan(
@@ -282,7 +301,7 @@ def _ask(request: dict, library: str) -> dict:
     if answer and "error" not in answer:
         return answer
     if "Ran out of memory in memory space" in answer.get("error", ""):  # another one than that of the parameters
-        raise PlanError(f"the TPU compiler has no room for so large a step ({answer['error']}); take a smaller batch")
+        raise NoRoom(f"the TPU compiler has no room for so large a step ({answer['error']}); take a smaller batch")
     name = "libtpu " + _version("libtpu")
     if done.returncode < 0:
         how = f"ended with {signal.Signals(-done.returncode).name}"

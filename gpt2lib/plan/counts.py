@@ -57,31 +57,43 @@ def state_bytes(config: TrainConfig, shape: ModelConfig | None = None) -> dict[s
 
 
 def memory(
-    config: TrainConfig, devices: int, shape: ModelConfig | None = None, kernel: bool = True, room: float = math.inf
+    config: TrainConfig,
+    devices: int,
+    shape: ModelConfig | None = None,
+    kernel: bool = True,
+    room: float = math.inf,
+    thrifty: bool = False,
 ) -> dict[str, int]:
     """Bytes that a train step needs on each device, by what they hold; an estimate.
 
     state: parameters and slots. Of the others not all exist at a time: blocks (what they keep for their gradients) and
     logits (with their slope) are at their most when the gradients begin, gradients when they end; `total` takes the
-    larger of the two. Without a `kernel` for attention its weights are kept as well. The constants were fitted to what
-    the compiler said, which is less thrifty where a device has `room`: `total` is within 15% of it in `reports/plan`.
+    larger of the two. Without a `kernel` for attention its weights are kept as well. Where they do not fit a device's
+    `room`, the compiler computes blocks again; where there is much, it is less thrifty. The constants were fitted to
+    what it said: `total` is within 15% of that in `reports/plan`. `thrifty`: v6e, with its large fast memory.
     """
     shape = shape or config.model_config()
     d, layers, low = shape.n_embd, shape.n_layer, 4 if config.dtype == "float32" else 2
     tokens = config.batch_size // config.accumulate / devices * shape.n_ctx
     held, cut = state_bytes(config, shape), devices if config.sharded else 1
     state = (held["parameters"] + held["slots"]) / cut
-    kept = 15 * low * d
+    kept = 13 * low * d
     if not kernel:
         kept += shape.n_head * shape.n_ctx * (4 + 2 * low)
     blocks = tokens * (kept + low * d * layers if config.remat else kept * layers)
     logits = 8 * min(tokens, config.loss_chunk or tokens) * shape.n_vocab
-    matrix = (
-        (2 if config.dtype == "bfloat16" else 4) * shape.n_vocab * d
-    )  # the tied one, of which an update has several
-    gradients, sums = low * shape.n_params / cut, 4 * shape.n_params / cut * (config.accumulate > 1)
-    total = state + max(0.95 * (blocks + logits + 1.5 * matrix), 0.94 * gradients + 4.1 * matrix) + sums + 13e6 * layers
-    if config.optimizer == "adamw" and config.dtype != "mixed_bfloat16" and total < 0.7 * room < math.inf:
-        total += 0.56 * gradients
-    parts = dict(state=state, blocks=blocks, logits=logits, gradients=gradients + sums, total=total)
+    matrix = (2 if config.dtype == "bfloat16" else 4) * shape.n_vocab * d  # the tied one, of which there are several
+    gradients, sums = low * shape.n_params, 4 * shape.n_params * (config.accumulate > 1)
+    begin, end = (0, 1.5) if thrifty else (2.45, 3.95)
+
+    def total(blocks):
+        most = max(0.9 * (blocks + logits + begin * matrix), 1.02 * gradients + end * matrix)
+        return state + most + sums + 12.7e6 * layers
+
+    needed = total(blocks)
+    if config.optimizer == "adamw" and config.dtype != "mixed_bfloat16" and needed < 0.69 * room < math.inf:
+        needed += 0.615 * gradients
+    if needed > 0.9 * room:
+        needed = max(min(needed, 0.93 * room), total(tokens * 4.7 * low * d * layers))
+    parts = dict(state=state, blocks=blocks, logits=logits, gradients=gradients + sums, total=needed)
     return {name: int(value) for name, value in parts.items()}
