@@ -9,6 +9,7 @@ Elsewhere what it would say is estimated (`counts.memory`).
 import dataclasses
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -115,7 +116,7 @@ class Plan:
         return f"{what}: does not fit, {sizes}, {lacking:.2f} too many; {advice}"
 
     def remedies(self) -> dict[str, int]:
-        """What would make it fit, and the bytes that it would then need, by the estimate: one change, else several."""
+        """What would make it fit, and the bytes that it would then need, by the estimate: as few changes as can be."""
         c, devices = self.config, self.slice.devices
         changes = {}
         if self.batch_per_device > 1:
@@ -140,16 +141,12 @@ class Plan:
         def named(changed):
             return ", ".join(f"{name}={value}" for name, value in changed.items())
 
-        options = [{name: value} for name, value in changes.items()]
-        fitting = {named(x): int(needed(x)) for x in options if needed(x) <= self.limit}
-        together = {}
-        for name in changes:  # as many as it takes, in this order
+        for several in range(1, len(changes) + 1):
+            options = [dict(some) for some in itertools.combinations(changes.items(), several)]
+            fitting = {named(x): int(needed(x)) for x in options if needed(x) <= self.limit}
             if fitting:
-                break
-            together[name] = changes[name]
-            if needed(together) <= self.limit:
-                fitting[named(together)] = int(needed(together))
-        return fitting
+                return dict(sorted(fitting.items(), key=lambda item: item[1])[:3])
+        return {}
 
     def to_dict(self) -> dict:
         """What a report records of it."""
