@@ -201,3 +201,5 @@ def test_readme_says_what_the_compiler_said():
     best = numbers["best"]
     assert f"117M reaches {best['117M v3-8']['mfu']:.0%} of a v3's peak" in readme
     assert f"would allow {best['117M v5e-8']['roofline_mfu']:.0%}" in readme
+    days = [row["days"] for row in numbers["history"] if row["dtype"] == "float32"]
+    assert len(days) == 4 and f"would take {min(days):.1f} to {max(days):.1f} days" in readme
