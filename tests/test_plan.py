@@ -265,6 +265,20 @@ def test_the_search_for_the_largest_batch(monkeypatch, refusal):
     assert max(tried) <= 32 and len(tried) < 12 and len(tried) == len(set(tried))
 
 
+def test_a_model_that_fits_with_no_batch(monkeypatch):
+    """One program says so; where it says no total, that is the answer."""
+    tried = []
+    monkeypatch.setattr(planning, "plan", lambda batch_per_device: tried.append(batch_per_device) or made_up(20))
+    assert [p.fits for p in planning.largest_batch()] == [False] and tried == [1]
+
+    def none(batch_per_device):
+        raise planning.NoRoom("no room")
+
+    monkeypatch.setattr(planning, "plan", none)
+    with pytest.raises(planning.NoRoom):
+        planning.largest_batch()
+
+
 def made_up(total, **fields):
     """A plan with a total, without a compiler."""
     config = TrainConfig("", "", **{"size": "1.5B", "batch_size": 8, "dtype": "mixed_bfloat16"} | fields)

@@ -243,7 +243,7 @@ def largest_batch(**request) -> list[Plan]:
     them: the line through the largest that fits and its neighbour, refused or smaller, says which one to try next, but
     not more than twice as many, until none is left between.
     """
-    made, refused = {}, math.inf
+    made, refused = {1: plan(batch_per_device=1, **request)}, math.inf
 
     def attempt(batch):
         nonlocal refused
@@ -255,8 +255,8 @@ def largest_batch(**request) -> list[Plan]:
         if not fits:
             refused = min(refused, batch)
 
-    attempt(1)
-    attempt(2)
+    if made[1].fits:
+        attempt(2)
     while made[1].fits:
         largest = max(batch for batch in made if made[batch].fits)
         smaller = max((batch for batch in made if batch < largest), default=None)
