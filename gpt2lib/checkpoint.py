@@ -5,7 +5,6 @@ A training checkpoint is a folder `step-00000500` with `state.safetensors` (para
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -16,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2lib.config import ConfigError, ModelConfig
+from gpt2lib.config import SIZES, ConfigError, ModelConfig
 from gpt2lib.data import replace_folder
-from gpt2lib.tokenizer import END_OF_TEXT, Tokenizer
+from gpt2lib.fetch import fetch, sha256_of
+from gpt2lib.tokenizer import END_OF_TEXT, GPT2_SHA256, Tokenizer
 
 
 class CheckpointError(RuntimeError):
@@ -43,7 +43,7 @@ def save(folder, step: int, arrays: dict, info: dict, keep: int = 2) -> Path:
             shutil.rmtree(left, ignore_errors=True)
         part.mkdir(parents=True)
         save_file({name: np.asarray(array, order="C") for name, array in arrays.items()}, part / "state.safetensors")
-        document = {**info, "step": step, "sha256": _sha256(part / "state.safetensors")}
+        document = {**info, "step": step, "sha256": sha256_of(part / "state.safetensors")}
         (part / "checkpoint.json").write_text(json.dumps(document, indent=1))
         for name in ("state.safetensors", "checkpoint.json"):
             _sync(part / name)
@@ -81,7 +81,7 @@ def read(folder) -> tuple[dict, dict] | None:
         path = Path(folder) / f"step-{step:08d}"
         try:
             info = json.loads((path / "checkpoint.json").read_text())
-            if _sha256(path / "state.safetensors") != info["sha256"]:
+            if sha256_of(path / "state.safetensors") != info["sha256"]:
                 raise ValueError("its checksum differs")
             return load_file(path / "state.safetensors"), info
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -239,6 +239,43 @@ def openai_shapes(config) -> dict:
     return dict(sorted(shapes.items()))
 
 
+# sha256 of the files of 124M. Those of the other sizes are noted when they first come; the vocabulary is that of all.
+_RELEASED = {
+    "checkpoint": "dd1b025d2e155283f5e300ce95bf6d5b6bc0f7fe010db73daa6975eb896ab9cb",
+    "hparams.json": "d9d56e4121c427164e0c55c6f03c08e1daf9002b9b672825112d19097b680318",
+    "model.ckpt.index": "71916f763f9746f9b2a06b12d91996cf1084ae008d0424543d39391c5f2dc687",
+    "model.ckpt.meta": "4668c448fa11531fd6700460487f73e82d3272960cea942252f8744bf225c77b",
+    "model.ckpt.data-00000-of-00001": "2060c885360cc0cf41d7a6dbc4d24b5127aae20260c8b5ae521b5a6578407118",
+}
+_RELEASES = {"117M": "124M", "345M": "355M", "774M": "774M", "1.5B": "1558M"}  # size: folder
+OPENAI_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models/"
+
+
+def download(size: str, folder, progress: bool = True) -> Path:
+    """OpenAI's released checkpoint of a size, downloaded unless it is there: the folder, for `load_openai`.
+
+    Args:
+        size: 117M (124M), 345M (355M), 774M or 1.5B (1558M).
+        folder: where it goes, such as `data/models/124M`.
+        progress: whether to show a bar for each file.
+
+    Each file is resumed and tried again as in `fetch`; 124M must be the released one, byte for byte, the others what
+    they were the first time. Raises: ConfigError for a size that was not released; FetchError; CheckpointError if it
+    is not a model of this size.
+    """
+    release = _RELEASES.get(size, size)
+    if release not in _RELEASES.values():
+        raise ConfigError(f"OpenAI released no model `{size}`; valid: {', '.join(_RELEASES)}")
+    folder = Path(folder)
+    pinned = GPT2_SHA256 | (_RELEASED if release == "124M" else {})
+    for name in (*_RELEASED, *GPT2_SHA256):
+        fetch(f"{OPENAI_URL}{release}/{name}", folder / name, pinned.get(name), progress)
+    if (found := _read_hparams(folder)).hparams != SIZES[release].hparams:
+        raise CheckpointError(f"{folder} does not hold a model of size {size}, but one of {found.hparams}")
+    _read_tensors(folder, found)
+    return folder
+
+
 def load_openai(folder, dtype: str | None = None):
     """The model of a folder in OpenAI's released layout (`hparams.json`, `model.ckpt.*`).
 
@@ -329,7 +366,7 @@ def _read_tensors(folder, config) -> dict:
     for name, shape in openai_shapes(config).items():
         if name not in entries:
             raise CheckpointError(f"{folder} has no variable `{name}`; its hparams.json promises one")
-        dtype, seen, shard, offset, size = entries[name]
+        dtype, seen, shard, offset, size, crc = entries[name]
         if seen != shape:
             raise CheckpointError(
                 f"`{name}` in {folder} has shape {list(seen)}, by its hparams.json it should have {list(shape)}"
@@ -340,11 +377,13 @@ def _read_tensors(folder, config) -> dict:
         if not data.is_file() or data.stat().st_size < offset + size:
             raise CheckpointError(f"{data} is missing or cut short: `{name}` is not in it; download it again")
         arrays[name] = np.memmap(data, "<f4", "r", offset, shape)
+        if _masked_crc(arrays[name].tobytes()) != crc:
+            raise CheckpointError(f"`{name}` in {data} is damaged: its checksum is another one; download it again")
     return arrays
 
 
 def _read_index(path) -> dict:
-    """What a `model.ckpt.index` says: name -> (dtype number, shape, shard, offset, size in bytes).
+    """What a `model.ckpt.index` says: name -> (dtype number, shape, shard, offset, size in bytes, masked CRC-32C).
 
     The file is a LevelDB table (its table_format.md): blocks of prefix-compressed keys, found through an index block
     that the last 48 bytes point to. Values are BundleEntryProto messages (tensor_bundle.proto in TensorFlow).
@@ -402,8 +441,17 @@ def _read_index(path) -> dict:
                     entry.get(3, 0),
                     entry.get(4, 0),
                     entry.get(5, 0),
+                    int.from_bytes(entry.get(6, b""), "little"),
                 )
     return entries
+
+
+def _masked_crc(data: bytes) -> int:
+    """The CRC-32C of some bytes as TensorFlow writes it down (its lib/hash/crc32c.h)."""
+    import google_crc32c
+
+    crc = google_crc32c.value(data)
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def _tensorflow(purpose):
@@ -420,11 +468,6 @@ def write_json(path, document) -> None:
     part = path.with_name(f".{path.name}.part")
     part.write_text(json.dumps(document, indent=1) + "\n")
     os.replace(part, path)
-
-
-def _sha256(path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path) -> None:

@@ -19,6 +19,8 @@ import numpy as np
 import platformdirs
 import tiktoken
 
+from gpt2lib.fetch import fetch, sha256_of
+
 END_OF_TEXT = "<|endoftext|>"
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models/124M/"
 GPT2_SHA256 = {
@@ -202,29 +204,17 @@ def _gpt2(folder: Path | None, cache: Path) -> Tokenizer:
 
 def _is_gpt2(folder: Path) -> bool:
     """True if both files lie in `folder` and are OpenAI's, byte for byte."""
-    return all(
-        (folder / name).is_file() and hashlib.sha256((folder / name).read_bytes()).hexdigest() == sha256
-        for name, sha256 in GPT2_SHA256.items()
-    )
+    return all((folder / name).is_file() and sha256_of(folder / name) == sha256 for name, sha256 in GPT2_SHA256.items())
 
 
 def _download_gpt2(cache: Path) -> bool:
     """Download both files into `cache`; False, in silence, if that is not possible."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it looks for notebook widgets and misses them aloud
-        import pooch
-
-    downloader = pooch.HTTPDownloader(timeout=DOWNLOAD_TIMEOUT)
-    logger = pooch.get_logger()
-    level = logger.level
-    logger.setLevel("ERROR")
     try:
-        for name, sha256 in GPT2_SHA256.items():
-            pooch.retrieve(GPT2_URL + name, f"sha256:{sha256}", fname=name, path=cache, downloader=downloader)
-    except (OSError, ValueError):  # no network, no such page, no room; ValueError is pooch's wrong sha256
+        with warnings.catch_warnings(action="ignore"):  # that a wrong file is replaced
+            for name, sha256 in GPT2_SHA256.items():
+                fetch(GPT2_URL + name, cache / name, sha256, progress=False, attempts=1, timeout=DOWNLOAD_TIMEOUT)
+    except OSError:  # no network, no such page, no room, wrong bytes
         return False
-    finally:
-        logger.setLevel(level)
     return True
 
 

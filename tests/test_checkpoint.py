@@ -1,12 +1,14 @@
 """Checkpoints: OpenAI's layout to the bit; training checkpoints that outlive what happens to disks."""
 
 import errno
+import http.server
 import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -19,8 +21,9 @@ from literal import distinctive
 from gpt2lib import checkpoint
 from gpt2lib.adafactor import Adafactor
 from gpt2lib.checkpoint import CheckpointError, load_openai, openai_shapes, save_openai
-from gpt2lib.config import SIZES, ModelConfig, TrainConfig
+from gpt2lib.config import SIZES, ConfigError, ModelConfig, TrainConfig
 from gpt2lib.device import places
+from gpt2lib.fetch import FetchError
 from gpt2lib.model import GPT2
 from gpt2lib.step import make_step
 
@@ -138,6 +141,75 @@ def test_the_genuine_index_has_these_names_and_shapes(golden, tmp_path):
         file.truncate(497_759_232)
     there = tf.train.load_checkpoint(str(tmp_path / "model.ckpt")).get_variable_to_shape_map()
     assert {name: tuple(shape) for name, shape in there.items()} == openai_shapes(SIZES["117M"])
+
+
+def test_checksums_of_the_genuine_index(golden):
+    genuine = json.loads((golden / "openai-124M" / "tensors.json").read_text())
+    for name, entry in checkpoint._read_index(golden / "openai-124M" / "model.ckpt.index").items():
+        assert entry[3:] == tuple(genuine[name][part] for part in ("offset", "size", "masked_crc32c")), name
+
+
+def test_a_damaged_variable_is_named(copy):
+    """One bit of one number, where no length tells."""
+    data = bytearray((copy / DATA).read_bytes())
+    data[-5] ^= 1
+    (copy / DATA).write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"`model/wte` in .* is damaged: .*; download it again") as error:
+        load_openai(copy)
+    sentence(error)
+
+
+# --- OpenAI's address -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def released(golden, tmp_path, monkeypatch):
+    """A server that has the golden checkpoint and its vocabulary as if it were OpenAI's 117M."""
+    served = shutil.copytree(golden / "openai-test", tmp_path / "served" / "124M")
+    for name in (*checkpoint._RELEASED, *checkpoint.GPT2_SHA256):
+        if not (served / name).exists():
+            (served / name).write_text(name)
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(served.parent))
+
+        def log_message(self, *_):
+            pass
+
+    sums = {path.name: checkpoint.sha256_of(path) for path in served.iterdir()}
+    monkeypatch.setattr(checkpoint, "_RELEASED", {name: sums[name] for name in checkpoint._RELEASED})
+    monkeypatch.setattr(checkpoint, "GPT2_SHA256", {name: sums[name] for name in checkpoint.GPT2_SHA256})
+    monkeypatch.setitem(checkpoint.SIZES, "124M", SIZES["test"])
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as httpd:
+        threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
+        monkeypatch.setattr(checkpoint, "OPENAI_URL", f"http://127.0.0.1:{httpd.server_port}/")
+        yield served
+        httpd.shutdown()
+
+
+@pytest.mark.parametrize("size", ["117M", "124M"])
+def test_download(released, golden, tmp_path, size):
+    folder = checkpoint.download(size, tmp_path / "models" / size, progress=False)
+    assert_same_bits(arrays_of(load_openai(folder)), arrays_of(load_openai(golden / "openai-test")))
+    shutil.rmtree(released)
+    assert checkpoint.download(size, folder, progress=False) == folder, "it is there already"
+
+
+def test_download_of_something_else(released, tmp_path, monkeypatch):
+    (released / DATA).write_bytes(b"0" + (released / DATA).read_bytes()[1:])
+    with pytest.raises(FetchError, match=rf"124M/{DATA} is not the file that it should be") as error:
+        checkpoint.download("117M", tmp_path / "m", progress=False)
+    sentence(error)
+    assert not (tmp_path / "m" / DATA).exists()
+    shutil.copytree(released, released.with_name("355M"))
+    with pytest.raises(CheckpointError, match=r"does not hold a model of size 345M, but one of .*'n_embd': 15"):
+        checkpoint.download("345M", tmp_path / "n", progress=False)
+
+
+def test_a_size_that_was_never_released(tmp_path):
+    with pytest.raises(ConfigError, match=r"OpenAI released no model `PrettyBig`; valid: 117M, 345M, 774M, 1\.5B"):
+        checkpoint.download("PrettyBig", tmp_path)
 
 
 def write_tf1(folder, arrays, hparams):

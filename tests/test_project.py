@@ -21,7 +21,7 @@ ADDRESS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"
 STUDIES = sorted({path.parent for path in (ROOT / "reports").rglob("*.yaml")})
 
 # What a module of gpt2lib may import of gpt2lib. A package's modules also import each other.
-BASE = {"config", "seed"}
+BASE = {"config", "seed", "fetch"}
 CORE = BASE | {"attention", "model", "adafactor", "schedule", "tokenizer"}
 MIDDLE = CORE | {"data", "checkpoint", "sample"}
 TOP = MIDDLE | {"step", "train", "report", "device"}
@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "__init__": set(),
     "config": set(),
     "seed": set(),
+    "fetch": set(),
     "attention": BASE,
     **dict.fromkeys(("model", "adafactor", "schedule", "tokenizer"), BASE | {"attention"}),
     **dict.fromkeys(("data", "checkpoint"), MIDDLE),
