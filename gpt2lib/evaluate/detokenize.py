@@ -10,6 +10,14 @@ from dataclasses import dataclass, field
 
 _SUFFIX = re.compile(r"'(?:s|re|ve|ll|d|m|t)", re.IGNORECASE)
 
+_INITIALS = re.compile(r"(?:[^\W\d_]\.)+")
+_TITLES = frozenset(
+    "mr mrs ms messrs dr st sr jr col gen capt maj lt sgt adm gov sen rep rev prof hon etc ph.d mt".split()
+)
+_SHORT = _TITLES | frozenset(
+    "no nos vs v p pp co corp inc ltd bros al mm lbs ave op vol cf jan feb mar apr aug sept oct nov dec".split()
+)
+
 
 @dataclass(frozen=True)
 class Detokenizer:
@@ -24,17 +32,23 @@ class Detokenizer:
         hyphens: the word that a hyphen between letters stands for; None if it is part of a word.
         numbers: {"," and ".": the words that they stand for within a number}.
         negation: "do n't", of two words; else "don 't".
+        sentences: whether each line is one, so that a full stop within it belongs to a word.
+        short: words that keep their full stop, in lower case and without it.
+        signs: {what stands for a sign: the sign}, also within words.
         edge: what a line has at its ends.
     """
 
-    before: frozenset = frozenset()
-    after: frozenset = frozenset()
+    before: tuple = ()
+    after: tuple = ()
     within: dict = field(default_factory=dict)
-    quotes: frozenset = frozenset()
+    quotes: tuple = ()
     written: dict = field(default_factory=dict)
     hyphens: str | None = None
     numbers: dict = field(default_factory=dict)
     negation: bool = False
+    sentences: bool = False
+    short: frozenset = _SHORT
+    signs: dict = field(default_factory=dict)
     edge: str = ""
 
     def detokenize(self, line: str) -> str | None:
@@ -47,17 +61,24 @@ class Detokenizer:
         pieces, start, joined = [], 0, self._joined(words)
         for i in range(1, len(words) + 1):
             if i == len(words) or not joined[i]:
-                pieces += self._pieces(words[start:i])
+                pieces += self._pieces(words[start:i], i == len(words) or not self.sentences)
                 start = i
-        if None in pieces or self.tokenize(text := " ".join(pieces)) != line:
+        if None in pieces:
             return None
-        return text
+        text = " ".join(pieces)
+        for written, sign in self.signs.items():
+            text = text.replace(written, sign)
+        return text if self.tokenize(text) == line else None
 
     def tokenize(self, text: str) -> str:
         """The line that `detokenize` made it from."""
         if not text:
             return self.edge
-        return self.edge + " ".join(word for piece in text.split(" ") for word in self._split(piece)) + self.edge
+        for written, sign in self.signs.items():
+            text = text.replace(sign, written)
+        pieces = text.split(" ")
+        words = [word for piece in pieces[:-1] for word in self._split(piece, not self.sentences)]
+        return self.edge + " ".join([*words, *self._split(pieces[-1])]) + self.edge
 
     def _joined(self, words) -> list[bool]:
         """Whether each word is joined to the one before it."""
@@ -88,32 +109,33 @@ class Detokenizer:
             for i, word in enumerate(words)
         )
 
-    def _pieces(self, words) -> list:
+    def _pieces(self, words, stops) -> list:
         """The words as one piece, or as several where they would not come apart again; None for one that cannot be."""
         whole = self._write(words)
-        if self._split(whole) == words:
+        if self._split(whole, stops) == words:
             return [whole]
         if len(words) == 1:
             return [None]
-        for i in range(len(words) - 1, 0, -1):  # the fewest spaces: one, as late as can be
-            if all(self._split(self._write(part)) == part for part in (words[:i], words[i:])):
-                return [self._write(words[:i]), self._write(words[i:])]
-        return self._pieces(words[:1]) + self._pieces(words[1:])
+        for i in range(len(words) - 1, 0, -1):  # one more space may be enough, as late as can be
+            parts = self._write(words[:i]), self._write(words[i:])
+            if self._split(parts[0], not self.sentences) == words[:i] and self._split(parts[1], stops) == words[i:]:
+                return list(parts)
+        return self._pieces(words[:1], not self.sentences) + self._pieces(words[1:], stops)
 
-    def _split(self, piece: str) -> list[str]:
-        """The words of a piece of text without spaces."""
+    def _split(self, piece: str, stops: bool = True) -> list[str]:
+        """The words of a piece of text without spaces; `stops`: a full stop at its end may be a word."""
         head, tail = [], []
         spoken = {written: word for word, written in self.written.items()}
         while len(piece) > 1:  # what opens
             if piece in self.before or piece in self.after or piece in self.within:
                 break
             first = next((w for w in (*self.after, *self.quotes) if piece.startswith(self.written.get(w, w))), None)
-            if first is None or self._closes(first):
+            if first is None:
                 break
             head.append(first)
             piece = piece[len(self.written.get(first, first)) :]
         while len(piece) > 1:  # what closes
-            last = self._last(piece)
+            last = self._last(piece, stops)
             if last is None:
                 break
             tail.insert(0, last)
@@ -121,10 +143,7 @@ class Detokenizer:
         words = self._middle(piece) if piece else []
         return [*head, *(spoken.get(word, word) for word in words), *tail]
 
-    def _closes(self, word):
-        return word == "''"
-
-    def _last(self, piece):
+    def _last(self, piece, stops):
         if piece in self.within or re.fullmatch(r"\.+", piece):
             return None
         if self.negation and re.search(r"[^']n't$", piece, re.IGNORECASE):
@@ -133,9 +152,9 @@ class Detokenizer:
             return found[1]
         if re.search(r"s'$", piece):
             return "'"
-        if piece.endswith(".") and ABBREVIATION.fullmatch(piece):
+        if piece.endswith(".") and (not stops or _INITIALS.fullmatch(piece) or piece[:-1].lower() in self.short):
             return None
-        ends = [w for w in (*self.before, *self.quotes) if piece.endswith(self.written.get(w, w)) and w != "``"]
+        ends = [w for w in (*self.before, *self.quotes) if piece.endswith(self.written.get(w, w))]
         return max(ends, key=len, default=None)
 
     def _middle(self, piece) -> list[str]:
@@ -159,7 +178,38 @@ def _parted(words, pattern, separator) -> list[str]:
     return out
 
 
-ABBREVIATION = re.compile(
-    r"(?:[^\W\d_]\.)+|(?:Mr|Mrs|Ms|Dr|St|Sr|Jr|Col|Gen|Capt|Maj|Lt|Sgt|Adm|Gov|Sen|Rep|Rev|Prof|Hon|No|Nos|vs|v|p|pp|"
-    r"Co|Corp|Inc|Ltd|Bros|al|etc|mm|lbs|Ph\.D|Mt|Ave|Op|Vol|ca|cf|Jan|Feb|Mar|Apr|Aug|Sept|Oct|Nov|Dec)\."
-)
+_MARKS = (",", ".", ";", ":", "!", "?", "%", ")", "]", "...")
+
+# WikiText (Merity et al. 2016): hyphens, and marks within numbers, are words between @.
+_WIKITEXT = Detokenizer(
+    before=(*_MARKS, "’", "”", "°"), after=("(", "[", "$", "£", "¥", "₱", "“", "#"),
+    within={"@-@": "-", "@,@": ",", "@.@": ".", "/": "/", "⁄": "⁄"}, quotes=('"',), hyphens="@-@",
+    numbers={",": "@,@", ".": "@.@"}, edge=" ",
+)  # fmt: skip
+# Penn Treebank as Mikolov et al. 2010 left it: in lower case and without punctuation.
+_PTB = Detokenizer(before=("%",), after=("$", "#"), negation=True, signs={r"\/": "/"}, edge=" ")
+# One Billion Word (Chelba et al. 2013): sentences.
+_1BW = Detokenizer(
+    before=_MARKS, after=("(", "[", "$", "£", "€"), quotes=('"',), within={"/": "/"},
+    sentences=True,
+)  # fmt: skip
+# Children's Book Test (Hill et al. 2016), and LAMBADA as first published: words and signs of the Penn Treebank.
+_CBT = Detokenizer(
+    before=(*_MARKS, "''", "-RRB-"), after=("``", "-LRB-", "$", "£"), negation=True, short=_TITLES,
+    written={"``": '"', "''": '"', "-LRB-": "(", "-RRB-": ")"},
+)  # fmt: skip
+
+DETOKENIZERS = {"wikitext": _WIKITEXT, "ptb": _PTB, "1bw": _1BW, "cbt": _CBT}
+
+
+def detokenize(lines, kind: str) -> tuple[list[str], list[int]]:
+    """The lines of a benchmark as people write them, and the numbers of those that stay as they are.
+
+    `kind` is a name in DETOKENIZERS. Each of the other lines comes back from `DETOKENIZERS[kind].tokenize`.
+    """
+    rules, out, raw = DETOKENIZERS[kind], [], []
+    for number, line in enumerate(lines):
+        text = rules.detokenize(line)
+        raw += [number] if text is None else []
+        out.append(line if text is None else text)
+    return out, raw
