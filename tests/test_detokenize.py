@@ -63,7 +63,7 @@ def test_real_files_come_back(kind, name, raw):
         pytest.skip("the evaluation texts are not here")
     lines = (EVALDATA / name).read_text(encoding="utf-8").split("\n")[:-1]
     texts, stayed = detokenize(lines, kind)
-    back = [line if i in set(stayed) else DETOKENIZERS[kind].tokenize(text) for i, text in enumerate(texts)]
+    back = [text if i in set(stayed) else DETOKENIZERS[kind].tokenize(text) for i, text in enumerate(texts)]
     assert back == lines
     assert len(stayed) == raw < 0.01 * len(lines)
     assert sum(map(len, texts)) < sum(map(len, lines)), "something was joined"

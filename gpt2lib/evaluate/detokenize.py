@@ -146,8 +146,8 @@ class Detokenizer:
     def _last(self, piece, stops):
         if piece in self.within or re.fullmatch(r"\.+", piece):
             return None
-        if self.negation and re.search(r"[^']n't$", piece, re.IGNORECASE):
-            return piece[-3:]
+        if self.negation and piece.lower().endswith("n't"):
+            return piece[-3:] if len(piece) > 3 else None
         if found := re.search(r"[^'](" + _SUFFIX.pattern + ")$", piece, re.IGNORECASE):
             return found[1]
         if re.search(r"s'$", piece):
