@@ -1,0 +1,80 @@
+"""Losses token by token: equal to the model asked about each token by itself."""
+
+import numpy as np
+import pytest
+from literal import distinctive, gpt2
+from literal import nll as literal_nll
+
+from gpt2lib.config import ModelConfig
+from gpt2lib.evaluate.score import Scorer
+from gpt2lib.model import GPT2
+
+V, T = 37, 12
+CONFIG = ModelConfig(n_vocab=V, n_ctx=T, n_embd=15, n_head=3, n_layer=2)
+RANDOM = np.random.default_rng(2)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return GPT2(CONFIG, init=distinctive)
+
+
+@pytest.fixture(scope="module")
+def alone(model):
+    """`alone(context, token)`: nats by the literal model, for one token."""
+    arrays = {v.path: np.asarray(v.value) for v in model.trainable_variables}
+
+    def alone(context, token):
+        return literal_nll(gpt2(arrays, CONFIG.n_head, context)[0][-1:], [token]).item()
+
+    return alone
+
+
+def test_passages(model, alone):
+    passages = [RANDOM.integers(0, V, n).tolist() for n in (2, 13, 5, 13, 7, 2, 9)]
+    seen = Scorer(model, batch_tokens=3 * T).passages(passages)
+    for ids, nats in zip(passages, seen, strict=True):
+        assert nats.dtype == np.float64
+        np.testing.assert_allclose(nats, [alone(ids[:i], ids[i]) for i in range(1, len(ids))], rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("n", [2, T, T + 1, T + 2, 41])
+@pytest.mark.parametrize(("window", "stride"), [(None, None), (T, 1), (T, 5), (8, 3), (8, None)])
+def test_a_text(model, alone, n, window, stride):
+    """Token i is predicted in the first window that has it: its context begins at the last multiple of the stride."""
+    ids = RANDOM.integers(0, V, n).tolist()
+    seen = Scorer(model, batch_tokens=3 * T).text(ids, window, stride)
+    window, expected = window or T, []
+    step = stride or window
+    for i in range(1, n):
+        begin = 0 if i <= window else -(-(i - window) // step) * step
+        expected.append(alone(ids[begin:i], ids[i]))
+    np.testing.assert_allclose(seen, expected, rtol=2e-5, atol=1e-6)
+
+
+def test_batches_do_not_matter(model):
+    ids = RANDOM.integers(0, V, 90).tolist()
+    one, other = (Scorer(model, batch_tokens=size).text(ids, stride=4) for size in (1, 1000))
+    np.testing.assert_allclose(one, other, rtol=2e-5)
+
+
+def test_progress_is_shown(model):
+    seen = []
+    Scorer(model, progress=lambda things: seen.append(len(things)) or things).text(list(range(30)), stride=4)
+    assert seen == [1, 1]
+
+
+@pytest.mark.parametrize("n", [0, 1, T + 2])
+def test_a_passage_that_cannot_be_scored(model, n):
+    with pytest.raises(ValueError, match=rf"passage 1 has {n} tokens; it must have 2 to 13"):
+        Scorer(model).passages([[1, 2], [1] * n])
+
+
+@pytest.mark.parametrize(("window", "stride"), [(T + 1, 1), (4, 5), (4, -1)])
+def test_windows_that_cannot_be(model, window, stride):
+    with pytest.raises(ValueError, match=r"1 <= stride <= window <= 12"):
+        Scorer(model).text([1, 2, 3], window, stride)
+
+
+def test_a_text_of_one_token_has_no_loss(model):
+    assert Scorer(model).text([3]).shape == (0,)
