@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gpt2lib.evaluate.overlap import seen
-from gpt2lib.evaluate.statistics import distinct
+from gpt2lib.evaluate.statistics import bootstrap, distinct
 
 pytestmark = pytest.mark.backend_free
 
@@ -36,3 +36,18 @@ def test_seen_is_what_sets_of_n_grams_say():
 def test_distinct_n_grams():
     assert distinct([[1, 2, 1, 2], [1, 2]], 2) == 2 / 4  # 12 21 12 12
     assert math.isnan(distinct([[1]], 2))
+
+
+def test_bootstrap_of_a_mean_and_of_a_ratio():
+    """As large as the formulas say; the same every time."""
+    random = np.random.default_rng(3)
+    values, sizes = random.normal(5, 2, 900), random.integers(5, 50, 900)
+    error = bootstrap(lambda total, n: total / n, values, np.ones(900))
+    assert math.isclose(error, values.std(ddof=1) / 30, rel_tol=0.1)
+    assert error == bootstrap(lambda total, n: total / n, values, np.ones(900))
+    nats = values * sizes
+    residuals = nats - sizes * nats.sum() / sizes.sum()
+    ratio = bootstrap(lambda nats, sizes: np.exp(nats / sizes), nats, sizes)
+    delta = math.exp(nats.sum() / sizes.sum()) * math.sqrt(np.sum(residuals**2)) / sizes.sum()
+    assert math.isclose(ratio, delta, rel_tol=0.1)
+    assert math.isnan(bootstrap(lambda x: x, [1.0]))

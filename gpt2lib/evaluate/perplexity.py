@@ -1,0 +1,50 @@
+"""How well a model predicts a text: the language-modelling columns of GPT-2's table 3."""
+
+import math
+
+import numpy as np
+
+from gpt2lib.evaluate.score import Scorer
+from gpt2lib.evaluate.statistics import bootstrap
+from gpt2lib.evaluate.texts import Text
+
+
+def document_losses(scorer: Scorer, tokenizer, text: Text, window=None, stride=None) -> tuple[np.ndarray, np.ndarray]:
+    """Nats [n] and tokens [n] of each document of a text, all of its tokens predicted.
+
+    The first is predicted after the end of text, as in training. Pieces of one text are predicted as one.
+    """
+    ids = [tokenizer.encode(document) for document in text.documents]
+    lengths = np.array([len(part) for part in ids])
+    if text.joined:
+        nats = scorer.text([tokenizer.end_of_text, *(i for part in ids for i in part)], window, stride)
+        return np.add.reduceat(nats, np.cumsum(lengths) - lengths), lengths
+    most = window or scorer.model.config.n_ctx
+    short = [i for i, part in enumerate(ids) if len(part) <= most]
+    nats = np.zeros(len(ids))
+    for i, losses in zip(short, scorer.passages([[tokenizer.end_of_text, *ids[i]] for i in short]), strict=True):
+        nats[i] = losses.sum()
+    for i in set(range(len(ids))) - set(short):
+        nats[i] = scorer.text([tokenizer.end_of_text, *ids[i]], window, stride).sum()
+    return nats, lengths
+
+
+def perplexity(scorer: Scorer, tokenizer, text: Text, window: int | None = None, stride: int | None = None) -> dict:
+    """All figures of a model on a text, each with its standard error (bootstrap over documents), by name.
+
+    Sums first, one division, then the exponential (openai/gpt-2#78): `perplexity` is by the words of the text as it was
+    published, whatever the model was given; `loss` is nats per token; `bits_per_byte` and `bits_per_character` are by
+    what the model was given. `window` and `stride` as in `Scorer.text`.
+    """
+    nats, tokens = document_losses(scorer, tokenizer, text, window, stride)
+    figures = {"documents": len(nats), "tokens": int(tokens.sum()), "words": sum(text.words), "nats": float(nats.sum())}
+    units = {
+        "loss": (tokens, lambda nats, units: nats / units),
+        "perplexity": (text.words, lambda nats, units: np.exp(nats / units)),
+        "bits_per_byte": (text.bytes, lambda nats, units: nats / units / math.log(2)),
+        "bits_per_character": (text.characters, lambda nats, units: nats / units / math.log(2)),
+    }
+    for name, (counts, statistic) in units.items():
+        figures[name] = float(statistic(nats.sum(), np.sum(counts)))
+        figures[f"{name}_se"] = bootstrap(statistic, nats, counts)
+    return figures | {"raw_lines": text.raw}

@@ -1,0 +1,81 @@
+"""Perplexity of texts: sums first; equal to other people's programs on the same weights."""
+
+import importlib.util
+import math
+
+import numpy as np
+import pytest
+from literal import distinctive, gpt2
+from literal import nll as literal_nll
+
+from gpt2lib.checkpoint import save_huggingface
+from gpt2lib.config import SIZES
+from gpt2lib.evaluate.perplexity import perplexity
+from gpt2lib.evaluate.score import Scorer
+from gpt2lib.evaluate.texts import Text
+from gpt2lib.model import GPT2
+from gpt2lib.tokenizer import Tokenizer
+
+BYTES = Tokenizer([])  # 256 bytes and the end of text
+CONFIG = SIZES["test"]
+DOCUMENTS = ["A first line.\n", "é is of two bytes, and this document is longer than a window.\n", "End\n"]
+peer = pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="the bench extra is not installed")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return GPT2(CONFIG, init=distinctive)
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_figures_written_out(model, joined):
+    arrays = {v.path: np.asarray(v.value) for v in model.trainable_variables}
+    text = Text("ptb", DOCUMENTS, [4, 14, 2], joined, raw=0.25)
+    figures = perplexity(Scorer(model), BYTES, text)
+    nats = 0
+    for part in ["".join(DOCUMENTS)] if joined else DOCUMENTS:
+        ids = [BYTES.end_of_text, *BYTES.encode(part)]
+        for at in range(0, len(ids) - 1, CONFIG.n_ctx):
+            window = ids[at : at + CONFIG.n_ctx + 1]
+            nats += literal_nll(gpt2(arrays, CONFIG.n_head, window[:-1])[0], window[1:]).sum()
+    n_bytes, n_characters = sum(len(d.encode()) for d in DOCUMENTS), sum(map(len, DOCUMENTS))
+    expected = {
+        "documents": 3, "tokens": n_bytes, "words": 20, "nats": nats, "loss": nats / n_bytes,
+        "perplexity": math.exp(nats / 20), "bits_per_byte": nats / n_bytes / math.log(2),
+        "bits_per_character": nats / n_characters / math.log(2), "raw_lines": 0.25,
+    }  # fmt: skip
+    assert {name: figures[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert n_characters == n_bytes - 1
+    assert all(figures[f"{name}_se"] > 0 for name in ("loss", "perplexity", "bits_per_byte", "bits_per_character"))
+
+
+def test_more_context_is_a_stride(model):
+    """The same tokens, predicted from others."""
+    text = Text("ptb", DOCUMENTS, [4, 14, 2], joined=True)
+    losses = [perplexity(Scorer(model), BYTES, text, stride=stride)["nats"] for stride in (1, 7, None)]
+    assert len(set(losses)) == 3
+
+
+@peer
+@pytest.mark.parametrize("stride", [1, 5, 18])
+def test_as_transformers_documents_it(model, tmp_path, stride):
+    """The loop of its page on perplexity of fixed-length models, over the same weights: tokens after the first."""
+    import torch
+    from transformers import GPT2LMHeadModel
+
+    save_huggingface(model, tmp_path / "m")
+    theirs, ids = GPT2LMHeadModel.from_pretrained(tmp_path / "m").eval(), BYTES.encode("".join(DOCUMENTS))
+    sums = count = previous = 0
+    for begin in range(0, len(ids), stride):
+        end = min(begin + CONFIG.n_ctx, len(ids))
+        labels = torch.tensor([ids[begin:end]])
+        labels[:, : len(labels[0]) - (end - previous)] = -100
+        with torch.no_grad():
+            loss = theirs(torch.tensor([ids[begin:end]]), labels=labels).loss
+        predicted = int((labels[:, 1:] != -100).sum())
+        sums, count, previous = sums + loss.item() * predicted, count + predicted, end
+        if end == len(ids):
+            break
+    ours = Scorer(model).text(ids, window=CONFIG.n_ctx - 1, stride=stride)  # theirs has the predicted one in its window
+    assert count == len(ours) == len(ids) - 1
+    assert math.exp(ours.mean()) == pytest.approx(math.exp(sums / count), rel=1e-5)
