@@ -33,9 +33,47 @@ def alone(model):
 def test_passages(model, alone):
     passages = [RANDOM.integers(0, V, n).tolist() for n in (2, 13, 5, 13, 7, 2, 9)]
     seen = Scorer(model, batch_tokens=3 * T).passages(passages)
-    for ids, nats in zip(passages, seen, strict=True):
-        assert nats.dtype == np.float64
-        np.testing.assert_allclose(nats, [alone(ids[:i], ids[i]) for i in range(1, len(ids))], rtol=2e-5, atol=1e-6)
+    for ids, scored in zip(passages, seen, strict=True):
+        expected = [alone(ids[:i], ids[i]) for i in range(1, len(ids))]
+        assert scored.nats.dtype == np.float64
+        np.testing.assert_allclose(scored.nats, expected, rtol=2e-5, atol=1e-6)
+        best = [min(range(V), key=lambda token, i=i: alone(ids[:i], token)) for i in range(1, len(ids))]
+        assert scored.first.tolist() == [token == b for token, b in zip(ids[1:], best, strict=True)]
+
+
+def test_the_ends_of_passages(model, alone):
+    passages = [RANDOM.integers(0, V, n).tolist() for n in (9, 13, 4)]
+    seen = Scorer(model, batch_tokens=3 * T).passages(passages, [3, 1, 3])
+    for ids, count, scored in zip(passages, [3, 1, 3], seen, strict=True):
+        expected = [alone(ids[:i], ids[i]) for i in range(len(ids) - count, len(ids))]
+        np.testing.assert_allclose(scored.nats, expected, rtol=2e-5, atol=1e-6)
+
+
+def test_what_is_banned_is_not_reckoned_with(model, alone):
+    context = RANDOM.integers(0, V, 6).tolist()
+    ranked = sorted(range(V), key=lambda token: alone(context, token))
+    scorer = Scorer(model)
+    for place in range(4):
+        passage = [*context, ranked[place]]
+        assert scorer.passages([passage], [1])[0].first.tolist() == [place == 0]
+        assert scorer.passages([passage], [1], banned=ranked[:place])[0].first.tolist() == [True]
+
+
+@pytest.mark.parametrize("n", [1, 4, 9])
+def test_branches(model, alone, n):
+    context = RANDOM.integers(0, V, n).tolist()
+    branches = [RANDOM.integers(0, V, k).tolist() for k in (1, 4, 3, T + 1 - n)]
+    for branch, nats in zip(branches, Scorer(model).branches(context, branches), strict=True):
+        whole = context + branch
+        np.testing.assert_allclose(
+            nats, [alone(whole[:i], whole[i]) for i in range(n, len(whole))], rtol=2e-5, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize(("context", "branches"), [([], [[1]]), ([1], [[1], []]), ([1] * T, [[1, 2]])])
+def test_branches_that_cannot_be(model, context, branches):
+    with pytest.raises(ValueError, match=r"each has at least one, and they have at most 13 together"):
+        Scorer(model).branches(context, branches)
 
 
 @pytest.mark.parametrize("n", [2, T, T + 1, T + 2, 41])
@@ -66,7 +104,7 @@ def test_progress_is_shown(model):
 
 @pytest.mark.parametrize("n", [0, 1, T + 2])
 def test_a_passage_that_cannot_be_scored(model, n):
-    with pytest.raises(ValueError, match=rf"passage 1 has {n} tokens; it must have 2 to 13"):
+    with pytest.raises(ValueError, match=rf"passage 1 has {n} tokens, .* it must have 2 to 13"):
         Scorer(model).passages([[1, 2], [1] * n])
 
 

@@ -22,8 +22,8 @@ def document_losses(scorer: Scorer, tokenizer, text: Text, window=None, stride=N
     most = window or scorer.model.config.n_ctx
     short = [i for i, part in enumerate(ids) if len(part) <= most]
     nats = np.zeros(len(ids))
-    for i, losses in zip(short, scorer.passages([[tokenizer.end_of_text, *ids[i]] for i in short]), strict=True):
-        nats[i] = losses.sum()
+    for i, scored in zip(short, scorer.passages([[tokenizer.end_of_text, *ids[i]] for i in short]), strict=True):
+        nats[i] = scored.nats.sum()
     for i in set(range(len(ids))) - set(short):
         nats[i] = scorer.text([tokenizer.end_of_text, *ids[i]], window, stride).sum()
     return nats, lengths

@@ -1,5 +1,7 @@
 """Negative log-likelihoods of texts of any length, token by token: short passages in batches, long texts by windows."""
 
+from dataclasses import dataclass
+
 import numpy as np
 from keras import ops
 
@@ -7,6 +9,14 @@ from gpt2lib.device import compiled
 from gpt2lib.model import nll
 
 _MULTIPLE = 32  # lengths are rounded up to a multiple: as many programs are compiled at most as it goes into n_ctx
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Of the predicted tokens of a passage, in their order."""
+
+    nats: np.ndarray  # float64 [K], of each token given all before it
+    first: np.ndarray  # bool [K], whether none that is allowed has a higher probability
 
 
 class Scorer:
@@ -20,31 +30,44 @@ class Scorer:
 
     def __init__(self, model, batch_tokens: int = 4096, progress=None):
         self.model, self.batch_tokens, self.progress = model, batch_tokens, progress
-        self.programs = {}
+        self._tails = compiled(model, self._tail_program)
+        self._branches = compiled(model, self._branch_program)
 
-    def passages(self, passages) -> list[np.ndarray]:
-        """Nats of every token but the first of each passage, given all before it: float64 [len - 1] each.
+    def passages(self, passages, counts=None, banned=()) -> list[Scored]:
+        """The last `counts[i]` tokens of each passage, given all before; those of like length are computed together.
 
-        A passage has 2 to n_ctx + 1 token ids. Those of like length are computed together.
+        Args:
+            passages: of 2 to n_ctx + 1 token ids each.
+            counts: how many of them are predicted, each at least 1; None: all but the first.
+            banned: ids that `first` does not reckon with.
         """
-        n_ctx, out = self.model.config.n_ctx, [np.zeros(0)] * len(passages)
-        for i, ids in enumerate(passages):
-            if not 2 <= len(ids) <= n_ctx + 1:
-                raise ValueError(f"passage {i} has {len(ids)} tokens; it must have 2 to {n_ctx + 1}")
+        n_ctx, out = self.model.config.n_ctx, [None] * len(passages)
+        counts = counts or [len(ids) - 1 for ids in passages]
+        for i, (ids, count) in enumerate(zip(passages, counts, strict=True)):
+            if not 2 <= len(ids) <= n_ctx + 1 or not 1 <= count < len(ids):
+                raise ValueError(
+                    f"passage {i} has {len(ids)} tokens, {count} of them to be predicted; it must have 2 to "
+                    f"{n_ctx + 1}, the first of which is given"
+                )
         order = sorted(range(len(passages)), key=lambda i: len(passages[i]), reverse=True)  # the largest batch first
         groups, at = [], 0
         while at < len(order):
-            width = min(-(-(len(passages[order[at]]) - 1) // _MULTIPLE) * _MULTIPLE, n_ctx)
+            width = self._rounded(len(passages[order[at]]) - 1)
             rows = max(1, self.batch_tokens // width)
             groups.append((width, rows, order[at : at + rows]))
             at += rows
+        bias = np.zeros(self.model.config.n_vocab, np.float32)
+        bias[list(banned)] = -np.inf
         for width, rows, group in self._bar(groups):
             windows = np.zeros((rows, width + 1), np.int32)  # what is behind a passage does not change it
+            most = min(1 << (max(counts[i] for i in group) - 1).bit_length(), width)
+            places = np.zeros((rows, most), np.int32)
             for row, i in enumerate(group):
                 windows[row, : len(passages[i])] = passages[i]
-            nats = self._run(windows, width)
+                places[row, : counts[i]] = np.arange(len(passages[i]) - 1 - counts[i], len(passages[i]) - 1)
+            nats, first = self._run(windows, places, bias)
             for row, i in enumerate(group):
-                out[i] = nats[row, : len(passages[i]) - 1]
+                out[i] = Scored(nats[row, : counts[i]], first[row, : counts[i]])
         return out
 
     def text(self, ids, window: int | None = None, stride: int | None = None) -> np.ndarray:
@@ -64,29 +87,68 @@ class Scorer:
                 f"a window of {window} with a stride of {stride}: they must be 1 <= stride <= window <= {n_ctx}"
             )
         ids = np.asarray(ids, np.int32)
-        if len(ids) <= window + 1:
-            return self.passages([ids])[0] if len(ids) > 1 else np.zeros(0)
-        first = self.passages([ids[: window + 1]])[0]
+        if len(ids) < 2:
+            return np.zeros(0)
+        parts = [self.passages([ids[: window + 1]])[0].nats]
         starts = np.arange(stride, len(ids) - 1 - (window - stride), stride)  # each predicts the last of its window
-        padded = np.concatenate([ids, np.zeros(window, np.int32)])
-        rows, parts = max(1, self.batch_tokens // window), [first]
+        padded, rows = np.concatenate([ids, np.zeros(window, np.int32)]), max(1, self.batch_tokens // window)
+        places = np.tile(np.arange(window - stride, window, dtype=np.int32), (rows, 1))
+        bias = np.zeros(self.model.config.n_vocab, np.float32)
         for at in self._bar(range(0, len(starts), rows)):
             some = starts[at : at + rows]
             windows = np.zeros((rows, window + 1), np.int32)
             windows[: len(some)] = padded[some[:, None] + np.arange(window + 1)]
-            parts.append(self._run(windows, stride)[: len(some)].reshape(-1))
+            parts.append(self._run(windows, places, bias)[0][: len(some)].reshape(-1))
         return np.concatenate(parts)[: len(ids) - 1]
+
+    def branches(self, context, branches) -> list[np.ndarray]:
+        """Nats of the tokens of several continuations of one context, which is computed once: float64 [len] each.
+
+        Args:
+            context: at least one token id.
+            branches: at least one token id each; with the context at most n_ctx + 1.
+        """
+        n_ctx, longest = self.model.config.n_ctx, max(map(len, branches))
+        if not context or not all(branches) or len(context) + longest > n_ctx + 1:
+            raise ValueError(
+                f"a context of {len(context)} tokens and branches of up to {longest}: each has at least one, and they "
+                f"have at most {n_ctx + 1} together"
+            )
+        depth = min(-(-longest // 8) * 8, n_ctx + 1 - len(context))
+        before = np.zeros((1, self._rounded(len(context))), np.int32)
+        before[0, : len(context)] = context
+        windows = np.zeros((len(branches), depth + 1), np.int32)
+        windows[:, 0] = context[-1]
+        for row, branch in enumerate(branches):
+            windows[row, 1 : len(branch) + 1] = branch
+        tensors = (ops.convert_to_tensor(x, "int32") for x in (before, windows, len(context) - 1))
+        nats = np.asarray(self._branches(*tensors), np.float64)
+        return [nats[row, : len(branch)] for row, branch in enumerate(branches)]
+
+    def _rounded(self, length):
+        return min(-(-length // _MULTIPLE) * _MULTIPLE, self.model.config.n_ctx)
 
     def _bar(self, things):
         return self.progress(things) if self.progress else things
 
-    def _run(self, windows, last):
-        """Nats [B, last] of the last tokens of windows [B, T + 1]."""
-        if last not in self.programs:
+    def _run(self, windows, places, bias):
+        windows, places = (ops.convert_to_tensor(x, "int32") for x in (windows, places))
+        nats, first = self._tails(windows, places, ops.convert_to_tensor(bias))
+        return np.asarray(nats, np.float64), np.asarray(first)
 
-            def run(windows):
-                hidden, _ = self.model.hidden(windows[:, :-1])
-                return nll(self.model.logits(hidden[:, -last:]), windows[:, -last:])
+    def _tail_program(self, windows, places, bias):
+        """Windows [B, T + 1], places [B, K] of the tokens that predict, bias [V] -> nats and whether first, [B, K]."""
+        hidden, _ = self.model.hidden(windows[:, :-1])
+        logits = self.model.logits(ops.take_along_axis(hidden, places[:, :, None], axis=1))  # [B, K, V]
+        labels = ops.take_along_axis(windows[:, 1:], places, axis=1)
+        own = ops.take_along_axis(logits, labels[:, :, None], axis=2)[:, :, 0]
+        return nll(logits, labels), own >= ops.max(logits + bias, axis=2)
 
-            self.programs[last] = compiled(self.model, run)
-        return np.asarray(self.programs[last](ops.convert_to_tensor(windows, "int32")), np.float64)
+    def _branch_program(self, before, windows, position):
+        """Context [1, P], windows [C, K + 1] that begin with its last token, at place `position` -> nats [C, K]."""
+        depth = before.shape[1] + windows.shape[1] - 1
+        _, past = self.model.hidden(before, self.model.empty_cache(1, depth))
+        rows = windows.shape[0]
+        past = [tuple(ops.repeat(x, rows, axis=0) for x in layer) for layer in past]
+        hidden, _ = self.model.hidden(windows[:, :-1], past, position)  # hides what lies behind
+        return nll(self.model.logits(hidden), windows[:, 1:])
