@@ -172,7 +172,7 @@ def test_real_files():
     if not EVALDATA.exists():
         pytest.skip("the evaluation texts are not here")
     lambada = read_lambada(EVALDATA / "lambada_test.jsonl")
-    assert len(lambada) == 5153 and lambada[0][1] == " Shane"
+    assert len(lambada) == 5153 and lambada[1][1] == " Shane"
     assert len(read_lambada(EVALDATA / "lambada_test_plain_text.txt", prepared=False)) == 5153
     winograd = read_winograd(EVALDATA / "wsc273.txt")
     assert len(winograd) == 273 and all(len(set(item.choices)) == 2 for item in winograd)

@@ -141,7 +141,7 @@ def read_winograd(path, partial: bool = True) -> list[Choice]:
     for at in range(0, len(lines), 5):
         number, (sentence, _, candidates, answer) = at + 1, (lines[at : at + 4] + [""] * 4)[:4]
         names = [name.strip() for name in candidates.split(",")]
-        if "[MASK]" not in sentence or answer not in names:
+        if "[MASK]" not in sentence or len(names) != 2 or answer not in names:
             raise TextError(f"line {number} of {path} does not begin a schema: [MASK], pronoun, candidates, answer")
         before, after = (part.strip() for part in sentence.split("[MASK]", 1))
         filled = [_placed(before, name) for name in names]
