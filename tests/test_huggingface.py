@@ -13,7 +13,7 @@ import pytest
 from conftest import relative_error
 from literal import distinctive
 from safetensors.numpy import load_file, save_file
-from test_checkpoint import arrays_of, assert_same_bits, python, sentence
+from test_checkpoint import arrays_of, assert_same_bits, python, sentence, without
 
 from gpt2lib import checkpoint
 from gpt2lib.checkpoint import (
@@ -290,16 +290,16 @@ def test_float32_is_written(copy, golden, tmp_path, dtype):
     assert_same_bits(there, expected)
 
 
-WITHOUT_TORCH = """
-import sys
-for name in ("torch", "transformers", "tensorflow"):
-    sys.modules[name] = None
+WITHOUT_TORCH = (
+    without("torch", "transformers", "tensorflow")
+    + """
 import numpy as np
 from gpt2lib.checkpoint import load_huggingface, save_huggingface
 model = load_huggingface(sys.argv[1])
 print(float(np.abs(np.asarray(model(np.load(sys.argv[3])["tokens"])) - np.load(sys.argv[3])["logits"]).max()))
 save_huggingface(model, sys.argv[2])
 """
+)
 
 
 def test_neither_torch_nor_transformers_nor_tensorflow_is_needed(golden, tmp_path):

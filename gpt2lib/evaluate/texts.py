@@ -60,7 +60,8 @@ def read(name: str, path, detokenized: bool = True, limit: int | None = None) ->
 
     Args:
         name: in TEXTS.
-        path: of the file: lines of words (wikitext, ptb, 1bw), the whole of enwik8 or text8, `text` in JSON lines.
+        path: of the file: lines of words (wikitext, ptb, 1bw), the whole of enwik8 or text8, `text` in JSON lines,
+            which may lie in several files of a folder.
         detokenized: as people write it, where it was cut into words; else as it was published.
         limit: the first so many documents.
 
@@ -70,7 +71,8 @@ def read(name: str, path, detokenized: bool = True, limit: int | None = None) ->
         raise TextError(f"there is no text `{name}`; valid: {', '.join(TEXTS)}")
     path, (kind, parts, _) = Path(path), TEXTS[name]
     try:
-        content = path.read_bytes().decode("utf-8")
+        files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+        content = b"".join(file.read_bytes() for file in files).decode("utf-8")
     except FileNotFoundError as error:
         raise TextError(f"{path} is missing; it is the file of {name}") from error
     except UnicodeDecodeError as error:
