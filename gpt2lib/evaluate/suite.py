@@ -12,6 +12,7 @@ from gpt2lib.evaluate import tasks, texts
 from gpt2lib.evaluate.perplexity import perplexity
 from gpt2lib.evaluate.sources import locate
 from gpt2lib.evaluate.texts import TextError
+from gpt2lib.fetch import FetchError
 
 PUBLISHED = Path(__file__).parents[2] / "data" / "published"
 
@@ -153,11 +154,16 @@ COLUMNS = (
 )
 
 
-def check(names) -> None:
-    """Raises TextError for a task that there is not, with the nearest that there is."""
-    for name in names:
-        if name not in TASKS:
-            raise TextError(f"there is no task `{name}`; {nearest(str(name), TASKS)}")
+PROBLEMS = (TextError, FetchError)  # what keeps one task from being measured, and not the others
+
+
+def names(asked) -> list[str]:
+    """The tasks that are asked for, `table3` and `all` among them, each once; TextError for one that there is not."""
+    groups = {"table3": TABLE3, "all": tuple(TASKS)}
+    for name in asked:
+        if name not in TASKS and name not in groups:
+            raise TextError(f"there is no task `{name}`; {nearest(str(name), [*TASKS, *groups])}")
+    return list(dict.fromkeys(task for name in asked for task in groups.get(name, (name,))))
 
 
 def measure(name: str, scorer, tokenizer, folder, options: Options, download: bool = True, progress=True) -> dict:
@@ -174,7 +180,12 @@ def measure(name: str, scorer, tokenizer, folder, options: Options, download: bo
 
     Raises: TextError or FetchError with a sentence that says what is not as it should be.
     """
-    check([name])
+    (name,) = names([name])
+    if tokenizer.n_vocab > scorer.model.config.n_vocab:
+        raise TextError(
+            f"the tokenizer has {tokenizer.n_vocab} entries and the model {scorer.model.config.n_vocab}: they are not "
+            "of each other; give the model's own"
+        )
     task = TASKS[name]
     path = locate(task.file, folder, download, progress)
     protocols = list(task.protocols.items())[: None if options.variants else 1]
@@ -198,6 +209,23 @@ def columns(results: dict) -> list[dict]:
                 }
             )
     return rows
+
+
+def details(results: dict) -> list[dict]:
+    """Every figure of every protocol, a row each: task, protocol, figure, value, se (NaN for counts)."""
+    return [
+        {
+            "task": task,
+            "protocol": protocol,
+            "figure": figure,
+            "value": value,
+            "se": figures.get(f"{figure}_se", np.nan),
+        }
+        for task, protocols in results.items()
+        for protocol, figures in protocols.items()
+        for figure, value in figures.items()
+        if not figure.endswith("_se")
+    ]
 
 
 def published() -> pd.DataFrame:
