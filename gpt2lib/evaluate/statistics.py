@@ -45,3 +45,53 @@ def bootstrap(statistic, *columns, samples: int = 1000, seed: int = 0) -> float:
     random = np.random.default_rng(seed)
     times = np.stack([np.bincount(random.integers(0, n, n), minlength=n) for _ in range(samples)])  # [samples, n]
     return float(np.std(statistic(*(columns @ times.T)), ddof=1))
+
+
+def repetition(ids, n: int = 4) -> float:
+    """Share of the n-grams of a text that stood in it before (Welleck et al. 2020, seq-rep-n). NaN for none."""
+    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else math.nan
+
+
+def zipf(sequences) -> float:
+    """The exponent s of frequency ~ rank^-s over the tokens of all texts, fitted in logarithms (Zipf 1949)."""
+    counts = np.sort(np.unique(np.concatenate([np.asarray(ids, int) for ids in sequences]), return_counts=True)[1])
+    if len(counts) < 3:
+        return math.nan
+    return float(-np.polyfit(np.log(np.arange(1, len(counts) + 1)), np.log(counts[::-1]), 1)[0])
+
+
+def self_bleu(texts, most: int = 100) -> list[float]:
+    """BLEU of each text against all others as its references, in [0, 1] (Zhu et al. 2018): high if they are all alike.
+
+    Of at most the first `most` texts. Needs sacrebleu.
+    """
+    from sacrebleu.metrics import BLEU
+
+    texts, bleu = list(texts)[:most], BLEU(effective_order=True)
+    return [bleu.sentence_score(text, texts[:i] + texts[i + 1 :]).score / 100 for i, text in enumerate(texts)]
+
+
+def of_samples(sequences, texts) -> dict:
+    """Statistics of texts, each a pair (value, standard error): what tells machine text from human text.
+
+    Args:
+        sequences: token ids of each text.
+        texts: the same as strings.
+
+    Length in tokens; distinct 1- to 3-grams, repeated 4-grams, self-BLEU: means over texts. The exponent of Zipf's law
+    is of all, its error that of the delete-one-group jackknife of up to 20 groups (Efron and Tibshirani 1993).
+    """
+    per_text = {"tokens": [len(ids) for ids in sequences]}
+    per_text |= {f"distinct {n}-grams": [distinct([ids], n) for ids in sequences] for n in (1, 2, 3)}
+    per_text |= {"repeated 4-grams": [repetition(ids) for ids in sequences], "self-BLEU": self_bleu(texts)}
+    figures = {}
+    for name, values in per_text.items():
+        values = np.array(values, float)[np.isfinite(values)]
+        se = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+        figures[name] = (float(values.mean()) if len(values) else math.nan, float(se))
+    groups = [g for g in np.array_split(np.arange(len(sequences)), min(20, len(sequences))) if len(g)]
+    left = [zipf([ids for i, ids in enumerate(sequences) if i not in set(group.tolist())]) for group in groups]
+    spread = (len(left) - 1) / len(left) * np.sum((np.array(left) - np.mean(left)) ** 2) if len(left) > 1 else math.nan
+    figures["Zipf exponent"] = (zipf(sequences), float(math.sqrt(spread)))
+    return figures

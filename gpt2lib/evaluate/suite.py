@@ -236,6 +236,56 @@ def published() -> pd.DataFrame:
     return pd.concat([table, more], ignore_index=True)
 
 
+def published_columns(model: str) -> list[dict]:
+    """The paper's figures of a model, as `columns` has ours: no standard errors."""
+    table, better = published(), {column.title: column.better for column in COLUMNS}
+    rows = table[(table.model == model) & (table.protocol == "the paper's")]
+    if rows.empty:
+        raise TextError(f"there are no published figures of `{model}`; {nearest(model, set(table.model))}")
+    return [
+        {
+            "column": row.column,
+            "value": row.value,
+            "se": 0.0,
+            "n": None,
+            "protocol": row.protocol,
+            "better": better[row.column],
+        }
+        for row in rows.itertuples()
+    ]
+
+
+def documents(kinds, count: int, corpus, folder, download: bool = True, progress=True) -> tuple[dict, dict]:
+    """Documents to read side by side, of each kind `count` at most, evenly spread: ({kind: texts}, {kind: problem}).
+
+    Args:
+        kinds: `validation` for the split of the corpus, or names in `texts.TEXTS`.
+        count: of each kind.
+        corpus: data.Corpus, or None.
+        folder, download, progress: as in `measure`.
+    """
+    found, problems = {}, {}
+    for kind in kinds:
+        try:
+            if kind == "validation":
+                if corpus is None:
+                    raise TextError("there is no corpus that all runs were trained on")
+                ids, end = corpus.tokens("validation")[:], corpus.tokenizer.end_of_text
+                pieces = np.split(ids, np.flatnonzero(ids == end))
+                some = [piece[piece != end] for piece in pieces]
+                found[kind] = [
+                    corpus.tokenizer.decode(piece.tolist()) for piece in _spread([p for p in some if len(p)], count)
+                ]
+            elif kind not in texts.TEXTS:
+                raise TextError(f"there is no text `{kind}`; {nearest(str(kind), ['validation', *texts.TEXTS])}")
+            else:
+                path = locate(TASKS[kind].file, folder, download, progress)
+                found[kind] = _spread(texts.read(kind, path).documents, count)
+        except PROBLEMS as problem:
+            problems[kind] = str(problem)
+    return found, problems
+
+
 def beside(results: dict, models) -> pd.DataFrame:
     """Ours beside the published figures of some models: a row for each pair of a column and a published figure.
 
