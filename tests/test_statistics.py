@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gpt2lib.evaluate.overlap import seen
-from gpt2lib.evaluate.statistics import bootstrap, distinct
+from gpt2lib.evaluate.statistics import bootstrap, distinct, of_samples, repetition, self_bleu, zipf
 
 pytestmark = pytest.mark.backend_free
 
@@ -51,3 +51,38 @@ def test_bootstrap_of_a_mean_and_of_a_ratio():
     delta = math.exp(nats.sum() / sizes.sum()) * math.sqrt(np.sum(residuals**2)) / sizes.sum()
     assert math.isclose(ratio, delta, rel_tol=0.1)
     assert math.isnan(bootstrap(lambda x: x, [1.0]))
+
+
+def test_repetition():
+    assert repetition([1, 2, 3, 1, 2, 3], 3) == 1 / 4  # 123 231 312 123
+    assert repetition([7] * 10, 4) == pytest.approx(6 / 7)
+    assert math.isnan(repetition([1, 2], 4))
+
+
+def test_zipf_of_a_law():
+    counts = [round(10_000 / rank) for rank in range(1, 60)]
+    assert zipf([np.repeat(np.arange(59), counts)]) == pytest.approx(1, abs=0.01)
+    assert zipf([np.repeat(np.arange(59), 5)]) == pytest.approx(0, abs=1e-9)
+
+
+def test_self_bleu():
+    pytest.importorskip("sacrebleu")
+    assert self_bleu(["the very same words here"] * 3) == pytest.approx([1, 1, 1])
+    different = self_bleu(["one two three four five", "six seven eight nine ten", "eleven twelve is it now"])
+    assert max(different) < 0.2
+
+
+def test_statistics_of_samples():
+    pytest.importorskip("sacrebleu")
+    random = np.random.default_rng(0)
+    sequences = [random.integers(0, 50, 30).tolist() for _ in range(40)]
+    figures = of_samples(sequences, [" ".join(map(str, ids)) for ids in sequences])
+    assert figures["tokens"] == (30, 0)
+    value, se = figures["distinct 1-grams"]
+    each = [len(set(ids)) / 30 for ids in sequences]
+    assert value == pytest.approx(np.mean(each))
+    assert se == pytest.approx(np.std(each, ddof=1) / math.sqrt(40))
+    assert 0 < figures["Zipf exponent"][1] < 0.1
+    repeated = of_samples([[1, 2, 3, 4] * 5] * 10, ["a b c d"] * 10)
+    assert repeated["repeated 4-grams"][0] == pytest.approx(1 - 4 / 17)
+    assert repeated["self-BLEU"][0] == pytest.approx(1)

@@ -87,7 +87,7 @@ def by_position(reading: Reading, edges) -> list[dict]:
 def by_frequency(reading: Reading, counts) -> list[dict]:
     """Loss by how often a token stands in the training text, `counts` [V]: never, 1 to 9, 10 to 99, ..."""
     decade = np.where(np.asarray(counts) > 0, np.floor(np.log10(np.maximum(counts, 1))) + 1, 0).astype(int)
-    labels = ["never", "1 to 9", *(f"10^{k} to 10^{k + 1}" for k in range(1, decade.max()))]
+    labels = ["never", *(f"{10 ** (k - 1):,} to {10**k - 1:,}" for k in range(1, decade.max() + 1))]
     return grouped(reading, lambda i: decade[reading.ids[i]], labels)
 
 

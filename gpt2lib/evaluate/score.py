@@ -31,7 +31,7 @@ class Scorer:
     def __init__(self, model, batch_tokens: int = 4096, progress=None):
         self.model, self.batch_tokens, self.progress = model, batch_tokens, progress
         self._tails = compiled(model, self._tail_program)
-        self._branches = compiled(model, self._branch_program)
+        self._branches = {}  # a program for each pair of shapes, which a cache needs to be fixed
 
     def passages(self, passages, counts=None, banned=()) -> list[Scored]:
         """The last `counts[i]` tokens of each passage, given all before; those of like length are computed together.
@@ -122,7 +122,10 @@ class Scorer:
         for row, branch in enumerate(branches):
             windows[row, 1 : len(branch) + 1] = branch
         tensors = (ops.convert_to_tensor(x, "int32") for x in (before, windows, len(context) - 1))
-        nats = np.asarray(self._branches(*tensors), np.float64)
+        shapes = before.shape, windows.shape
+        if shapes not in self._branches:
+            self._branches[shapes] = compiled(self.model, self._branch_program)
+        nats = np.asarray(self._branches[shapes](*tensors), np.float64)
         return [nats[row, : len(branch)] for row, branch in enumerate(branches)]
 
     def _rounded(self, length):
@@ -139,7 +142,9 @@ class Scorer:
     def _tail_program(self, windows, places, bias):
         """Windows [B, T + 1], places [B, K] of the tokens that predict, bias [V] -> nats and whether first, [B, K]."""
         hidden, _ = self.model.hidden(windows[:, :-1])
-        logits = self.model.logits(ops.take_along_axis(hidden, places[:, :, None], axis=1))  # [B, K, V]
+        b, t, d = ops.shape(hidden)
+        flat = places + t * ops.arange(b, dtype="int32")[:, None]
+        logits = self.model.logits(ops.take(ops.reshape(hidden, (-1, d)), flat, axis=0))  # [B, K, V]
         labels = ops.take_along_axis(windows[:, 1:], places, axis=1)
         own = ops.take_along_axis(logits, labels[:, :, None], axis=2)[:, :, 0]
         return nll(logits, labels), own >= ops.max(logits + bias, axis=2)

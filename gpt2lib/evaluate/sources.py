@@ -116,6 +116,7 @@ def locate(file: str, folder, download: bool = True, progress: bool = True) -> P
     try:
         _extract(archive, source.member, part)
     except (KeyError, EOFError, OSError, zipfile.BadZipFile, tarfile.TarError) as error:
+        part.unlink(missing_ok=True)
         raise FetchError(f"{archive} has no {source.member} that can be read ({error}); delete it and try again") from (
             error
         )
