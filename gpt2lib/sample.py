@@ -72,7 +72,7 @@ def program(model, length, space, greedy, top_k, use_top_p):
 
 
 def generate(
-    model, prompts, length, temperature=1.0, top_k=0, top_p=1.0, seed=None, end_of_text: int | None = -1
+    model, prompts, length, temperature=1.0, top_k=0, top_p=1.0, seed=None, end_of_text: int | None = -1, multiple=16
 ) -> list[list[int]]:
     """Continue each prompt by up to `length` tokens.
 
@@ -85,10 +85,11 @@ def generate(
         top_p: sample among the most likely tokens of this total probability, as OpenAI's code does; 1: all.
         seed: the same seed gives the same tokens (on one backend); None: a new one each time.
         end_of_text: a row ends before this token; -1: the last of the vocabulary, as in GPT-2; None: never.
+        multiple: prompts are padded to a multiple of it, so that those of like length share a program.
 
     Returns: for each prompt its new tokens only, without the end of text.
 
-    The program is compiled once for each (number of prompts, length, top_k, prompt length rounded up to 16).
+    The program is compiled once for each (number of prompts, length, top_k, prompt length rounded up to `multiple`).
     """
     c = model.config
     if length < 1:
@@ -110,7 +111,7 @@ def generate(
     if not prompts:
         return []
     end = c.n_vocab - 1 if end_of_text == -1 else -1 if end_of_text is None else end_of_text
-    width = -(-max(map(len, prompts)) // 16) * 16
+    width = -(-max(map(len, prompts)) // multiple) * multiple
     tokens = np.array([[0] * (width - len(p)) + list(p) for p in prompts], np.int32)  # padded on the left: [B, T]
     start = np.array([width - len(p) for p in prompts], np.int32)
 

@@ -46,8 +46,8 @@ def read_lambada(path, prepared: bool = True) -> list[tuple[str, str]]:
     `prepared`: as openai/gpt-2#131 tells: straight double quotes, a line break before the passage.
     """
     passages = []
-    for number, line in enumerate(_lines(path), 1):
-        text = _record(path, number, line)["text"] if line.startswith("{") else line
+    for number, line in enumerate(read_lines(path), 1):
+        text = read_record(path, number, line)["text"] if line.startswith("{") else line
         text = "\n" + text.translate(_CURLY).strip() if prepared else text.strip()
         context, _, word = text.rpartition(" ")
         if not context.strip() or not word:
@@ -90,7 +90,7 @@ def guess(scorer: Scorer, tokenizer, passages) -> dict:
     figures["perplexity_last_token"] = float(np.exp(np.mean(last)))
     figures["perplexity_last_token_se"] = bootstrap(lambda nats, n: np.exp(nats / n), last, ones)
     for name, hits in columns.items():
-        figures |= _share(name, hits)
+        figures |= share(name, hits)
     return figures
 
 
@@ -109,7 +109,7 @@ def read_cbt(path, detokenized: bool = True) -> list[Choice]:
         return line if text is None else text
 
     items, story = [], []
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         count, _, sentence = line.partition(" ")
@@ -136,7 +136,7 @@ def read_winograd(path, partial: bool = True) -> list[Choice]:
     Each candidate takes the place of the pronoun. `partial` scores only what follows it, else the whole sentence counts
     (Trinh and Le 2018, section 3).
     """
-    lines = [" ".join(line.split()) for line in _lines(path)]
+    lines = [" ".join(line.split()) for line in read_lines(path)]
     items = []
     for at in range(0, len(lines), 5):
         number, (sentence, _, candidates, answer) = at + 1, (lines[at : at + 4] + [""] * 4)[:4]
@@ -165,10 +165,10 @@ def read_hellaswag(path, harness: bool = False) -> list[Choice]:
     `harness`: the activity first and the context as lm-evaluation-harness cleans it; else the context as it is
     (completion style, karpathy/llm.c dev/data/hellaswag.py).
     """
-    items, lines = [], _lines(path)
+    items, lines = [], read_lines(path)
     if lines[0].startswith("{"):
         for number, line in enumerate(lines, 1):
-            record = _record(path, number, line)
+            record = read_record(path, number, line)
             try:
                 context, endings, answer = record["ctx"], record["endings"], int(record["label"])
                 if harness:
@@ -219,16 +219,18 @@ def choose(scorer: Scorer, tokenizer, items) -> dict:
             hits[name].append(np.argmin(sums / size) == item.answer)
     figures = {"n": len(items)}
     for name, column in hits.items():
-        figures |= _share(name, column)
+        figures |= share(name, column)
     return figures
 
 
-def _share(name, hits) -> dict:
+def share(name, hits) -> dict:
+    """The share of hits, or the mean of other scores, and its standard error, as figures of that name."""
     share = float(np.mean(hits))
     return {name: share, f"{name}_se": bootstrap(lambda hits, n: hits / n, np.asarray(hits, float), np.ones(len(hits)))}
 
 
-def _lines(path) -> list[str]:
+def read_lines(path) -> list[str]:
+    """The lines of a text, packed by bz2 or not; TextError if it is missing, empty or not text."""
     path = Path(path)
     try:
         with (bz2.open if path.suffix == ".bz2" else open)(path, "rt", encoding="utf-8") as file:
@@ -242,7 +244,8 @@ def _lines(path) -> list[str]:
     return content.rstrip("\n").split("\n")
 
 
-def _record(path, number, line) -> dict:
+def read_record(path, number, line) -> dict:
+    """What a line of JSON holds; TextError if that is no object."""
     try:
         record = json.loads(line)
         assert isinstance(record, dict)
