@@ -1,6 +1,7 @@
 """Negative log-likelihoods of texts of any length, token by token: short passages in batches, long texts by windows."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from keras import ops
@@ -114,7 +115,7 @@ class Scorer:
                 f"a context of {len(context)} tokens and branches of up to {longest}: each has at least one, and they "
                 f"have at most {n_ctx + 1} together"
             )
-        depth = min(-(-longest // 8) * 8, n_ctx + 1 - len(context))
+        depth = min(8 << max(0, (longest - 1) // 8).bit_length(), n_ctx + 1 - len(context))  # 8, 16, 32, ...
         before = np.zeros((1, self._rounded(len(context))), np.int32)
         before[0, : len(context)] = context
         windows = np.zeros((len(branches), depth + 1), np.int32)
@@ -124,7 +125,7 @@ class Scorer:
         tensors = (ops.convert_to_tensor(x, "int32") for x in (before, windows, len(context) - 1))
         shapes = before.shape, windows.shape
         if shapes not in self._branches:
-            self._branches[shapes] = compiled(self.model, self._branch_program)
+            self._branches[shapes] = compiled(self.model, partial(self._branch_program))
         nats = np.asarray(self._branches[shapes](*tensors), np.float64)
         return [nats[row, : len(branch)] for row, branch in enumerate(branches)]
 
