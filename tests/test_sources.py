@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from gpt2lib.evaluate import sources, suite
+from gpt2lib.evaluate.prompted import Article, read_articles
 from gpt2lib.evaluate.sources import SOURCES, Source, locate
 from gpt2lib.evaluate.texts import TextError
 from gpt2lib.fetch import FetchError, sha256_of
@@ -90,10 +91,24 @@ def test_what_lies_there_is_read(tmp_path):
 
 
 def test_every_task_has_a_source():
-    assert {task.file for task in suite.TASKS.values()} <= SOURCES.keys()
+    assert {task.file for task in suite.TASKS.values()} - {""} <= SOURCES.keys()
     for source in SOURCES.values():
         assert source.url.startswith(("https://", "http://"))
-        assert bool(source.member) == source.url.endswith((".zip", ".tgz", ".tar.gz"))
+        assert bool(source.member or source.make) == source.url.endswith((".zip", ".tgz", ".tar.gz"))
+
+
+def test_test_stories_are_picked(tmp_path):
+    urls = ["http://web.archive.org/one", "http://web.archive.org/two"]
+    names = [hashlib.sha1(url.encode()).hexdigest() for url in urls]
+    (tmp_path / "list").write_text(urls[1] + "\n")
+    with tarfile.open(tmp_path / "a.tgz", "w:gz") as archive:
+        for name, text in zip(names, ("One.", "Two."), strict=True):
+            story = f"{text} é\n\n@highlight\n\nfirst\n\n@highlight\n\nsecond\n".encode()
+            info = tarfile.TarInfo(f"cnn/stories/{name}.story")
+            info.size = len(story)
+            archive.addfile(info, io.BytesIO(story))
+    sources._test_stories([tmp_path / "a.tgz", tmp_path / "list"], tmp_path / "out.jsonl")
+    assert read_articles(tmp_path / "out.jsonl") == [Article("Two. é", ["first", "second"])]
 
 
 @pytest.mark.parametrize("file", [name for name, source in SOURCES.items() if source.sha256])

@@ -1,8 +1,11 @@
 """Where the files of the benchmarks come from: public addresses, with the hash that each file must have where known."""
 
+import hashlib
+import json
 import shutil
 import tarfile
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +23,7 @@ class Source:
         member: its name inside the archive; empty: `url` is the file itself.
         sha256: of the file; None: what it has when it first comes is noted and compared from then on (see `fetch`).
         others: names under which the same may lie in the folder, in another layout that its reader knows.
+        more: further addresses that it is put together from, by `make(paths of all, path to write)`.
     """
 
     file: str
@@ -27,11 +31,33 @@ class Source:
     member: str = ""
     sha256: str | None = None
     others: tuple[str, ...] = ()
+    more: tuple[str, ...] = ()
+    make: Callable | None = None
+
+
+def _test_stories(paths, out) -> None:
+    """The test articles of CNN/Daily Mail as JSON lines: those whose addresses are in a list (See et al. 2017).
+
+    Args:
+        paths: archives of `.story` files, named by the sha1 of their address, and last the list of addresses.
+        out: the file to write.
+    """
+    *archives, addresses = paths
+    wanted = {hashlib.sha1(url.encode()).hexdigest() for url in Path(addresses).read_text("utf-8").split()}
+    with open(out, "w", encoding="utf-8") as file:
+        for archive in archives:
+            with tarfile.open(archive) as opened:
+                for member in opened:
+                    if member.isfile() and Path(member.name).stem in wanted:
+                        text, *highlights = opened.extractfile(member).read().decode("utf-8").split("@highlight")
+                        summary = "\n".join(" ".join(highlight.split()) for highlight in highlights)
+                        file.write(json.dumps({"article": text.strip(), "highlights": summary}) + "\n")
 
 
 _WIKITEXT = "https://wikitext.smerity.com/"
 _CBT = "http://www.thespermwhale.com/jaseweston/babi/CBTest.tgz"
 _NQ = "https://raw.githubusercontent.com/google-research-datasets/natural-questions/master/nq_open/"
+_STORIES = "https://huggingface.co/datasets/cnn_dailymail/resolve/11343c3752184397d56efc19a8a7cceb68089318/data/"
 _OPENAI = "https://openaipublic.blob.core.windows.net/gpt-2/"
 
 SOURCES = {
@@ -88,6 +114,15 @@ SOURCES = {
         Source("coqa-dev-v1.0.json", "https://downloads.cs.stanford.edu/nlp/data/coqa/coqa-dev-v1.0.json"),
         Source("NQ-open.dev.jsonl", _NQ + "NQ-open.dev.jsonl"),
         Source("NQ-open.train.jsonl", _NQ + "NQ-open.train.jsonl"),
+        Source(
+            "cnn_dailymail.test.jsonl",
+            _STORIES + "cnn_stories.tgz",
+            more=(
+                _STORIES + "dailymail_stories.tgz",
+                "https://raw.githubusercontent.com/abisee/cnn-dailymail/master/url_lists/all_test.txt",
+            ),
+            make=_test_stories,
+        ),
     )
 }
 
@@ -109,17 +144,21 @@ def locate(file: str, folder, download: bool = True, progress: bool = True) -> P
             return folder / name
     if not download:
         raise TextError(f"{folder} has no {file}; put it there, or allow it to be downloaded from {source.url}")
-    if not source.member:
+    if not source.member and not source.make:
         return fetch(source.url, folder / file, source.sha256, progress)
-    archive = fetch(source.url, folder / source.url.rpartition("/")[2], progress=progress)
+    archive, *more = (
+        fetch(url, folder / url.rpartition("/")[2], progress=progress) for url in (source.url, *source.more)
+    )
     part = folder / f".{file}.part"
     try:
-        _extract(archive, source.member, part)
+        if source.make:
+            source.make([archive, *more], part)
+        else:
+            _extract(archive, source.member, part)
     except (KeyError, EOFError, OSError, zipfile.BadZipFile, tarfile.TarError) as error:
         part.unlink(missing_ok=True)
-        raise FetchError(f"{archive} has no {source.member} that can be read ({error}); delete it and try again") from (
-            error
-        )
+        what = source.member or file
+        raise FetchError(f"{archive} has no {what} that can be read ({error}); delete it and try again") from error
     if source.sha256 not in (None, found := sha256_of(part)):
         part.unlink()
         raise FetchError(f"{source.member} of {archive} is not the published file: its sha256 is {found}")

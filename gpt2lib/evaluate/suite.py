@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from gpt2lib.config import nearest
-from gpt2lib.evaluate import tasks, texts
+from gpt2lib.evaluate import prompted, tasks, texts
 from gpt2lib.evaluate.perplexity import perplexity
 from gpt2lib.evaluate.sources import locate
 from gpt2lib.evaluate.texts import TextError
@@ -40,8 +40,9 @@ class Task:
 
     Attributes:
         file: in `sources.SOURCES`.
-        protocols: {name: f(scorer, tokenizer, path, options) -> figures}. The first is the one that comes closest to
-            the paper, as far as is known.
+        protocols: {name: f(scorer, tokenizer, files, options) -> figures, or figures and what the model wrote}, where
+            `files(name)` is the path of a source. The first is the one that comes closest to the paper, as far as is
+            known.
     """
 
     file: str
@@ -55,38 +56,65 @@ def _spread(items, limit):
     return [items[i] for i in np.linspace(0, len(items) - 1, limit).round().astype(int)]
 
 
-def _text(name, detokenized):
-    def measure(scorer, tokenizer, path, options):
-        text = texts.read(name, path, detokenized, options.limit)
+def _text(name, file, detokenized):
+    def run(scorer, tokenizer, files, options):
+        text = texts.read(name, files(file), detokenized, options.limit)
         return perplexity(scorer, tokenizer, text, options.window, options.stride)
 
-    return measure
+    return run
 
 
-def _lambada(prepared):
-    def measure(scorer, tokenizer, path, options):
-        return tasks.guess(scorer, tokenizer, _spread(tasks.read_lambada(path, prepared), options.limit))
+def _of_items(read, measure, file, **how):
+    """A protocol that reads items of a file and measures them."""
 
-    return measure
+    def run(scorer, tokenizer, files, options):
+        return measure(scorer, tokenizer, _spread(read(files(file), **how), options.limit))
 
-
-def _choice(read, **how):
-    def measure(scorer, tokenizer, path, options):
-        return tasks.choose(scorer, tokenizer, _spread(read(path, **how), options.limit))
-
-    return measure
+    return run
 
 
 def _language(name, file):
-    return Task(file, {"de-tokenized": _text(name, True), "as published": _text(name, False)})
+    return Task(file, {"de-tokenized": _text(name, file, True), "as published": _text(name, file, False)})
+
+
+def _plain(name, file):
+    return Task(file, {"as published": _text(name, file, True)})
 
 
 def _cbt(kind, split):
-    protocols = {
-        "de-tokenized": _choice(tasks.read_cbt, detokenized=True),
-        "as published": _choice(tasks.read_cbt, detokenized=False),
-    }
-    return Task(f"cbtest_{kind}_{split}ex.txt", protocols)
+    file = f"cbtest_{kind}_{split}ex.txt"
+    ways = {"de-tokenized": True, "as published": False}
+    return Task(file, {n: _of_items(tasks.read_cbt, tasks.choose, file, detokenized=way) for n, way in ways.items()})
+
+
+def _lambada(prepared):
+    return _of_items(tasks.read_lambada, tasks.guess, "lambada_test.jsonl", prepared=prepared)
+
+
+def _winograd(partial):
+    return _of_items(tasks.read_winograd, tasks.choose, "wsc273.txt", partial=partial)
+
+
+def _hellaswag(harness):
+    return _of_items(tasks.read_hellaswag, tasks.choose, "hellaswag_val.jsonl", harness=harness)
+
+
+_EXAMPLES = 5  # in front of a question or a sentence; the paper does not say how many
+
+
+def _questions(scorer, tokenizer, files, options):
+    questions = prompted.read_questions(files("NQ-open.dev.jsonl"))
+    examples = prompted.read_questions(files("NQ-open.train.jsonl"), _EXAMPLES)
+    return prompted.answer(scorer, tokenizer, _spread(questions, options.limit), examples)
+
+
+def _translations(languages):
+    def run(scorer, tokenizer, files, options):
+        pairs = prompted.read_wmt("wmt14", languages, files.folder_with("wmt14.en", "wmt14.fr"))
+        examples = prompted.read_wmt("wmt13", languages, files.folder_with("wmt13.en", "wmt13.fr"), _EXAMPLES)
+        return prompted.translate(scorer, tokenizer, _spread(pairs, options.limit), examples)
+
+    return run
 
 
 TASKS = {
@@ -99,28 +127,26 @@ TASKS = {
     # (huggingface/transformers#13761), the paper says 37.50.
     "wikitext2": _language("wikitext2", "wikitext-2.test.tokens"),
     "ptb": _language("ptb", "ptb.test.txt"),
-    "enwik8": Task("enwik8", {"as published": _text("enwik8", False)}),
-    "text8": Task("text8", {"as published": _text("text8", False)}),
+    "enwik8": _plain("enwik8", "enwik8"),
+    "text8": _plain("text8", "text8"),
     "wikitext103": _language("wikitext103", "wikitext-103.test.tokens"),
     "1bw": _language("1bw", "1bw.heldout-00000.txt"),
     # Beyond the table
     "cbt-cn-test": _cbt("CN", "test_2500"),
     "cbt-ne-test": _cbt("NE", "test_2500"),
-    "winograd": Task(
-        "wsc273.txt",
-        {
-            "partial": _choice(tasks.read_winograd, partial=True),
-            "full": _choice(tasks.read_winograd, partial=False),
-        },
+    "winograd": Task("wsc273.txt", {"partial": _winograd(True), "full": _winograd(False)}),
+    "hellaswag": Task("hellaswag_val.jsonl", {"completion": _hellaswag(False), "harness": _hellaswag(True)}),
+    "webtext": _plain("webtext", "webtext.test.jsonl"),
+    "coqa": Task(
+        "coqa-dev-v1.0.json", {"greedy": _of_items(prompted.read_coqa, prompted.converse, "coqa-dev-v1.0.json")}
     ),
-    "hellaswag": Task(
-        "hellaswag_val.jsonl",
-        {
-            "completion": _choice(tasks.read_hellaswag, harness=False),
-            "harness": _choice(tasks.read_hellaswag, harness=True),
-        },
+    "nq": Task("NQ-open.dev.jsonl", {f"greedy, {_EXAMPLES} examples": _questions}),
+    "cnn-dm": Task(
+        "cnn_dailymail.test.jsonl",
+        {"TL;DR:, k = 2": _of_items(prompted.read_articles, prompted.summarise, "cnn_dailymail.test.jsonl")},
     ),
-    "webtext": Task("webtext.test.jsonl", {"as published": _text("webtext", False)}),
+    "wmt14-en-fr": Task("", {f"greedy, {_EXAMPLES} examples": _translations("en-fr")}),
+    "wmt14-fr-en": Task("", {f"greedy, {_EXAMPLES} examples": _translations("fr-en")}),
 }
 TABLE3 = tuple(TASKS)[:9]
 
@@ -152,6 +178,14 @@ COLUMNS = (
     Column("Winograd acc", "winograd", "accuracy", 100, "higher"),
     Column("HellaSwag acc_norm", "hellaswag", "accuracy_by_token", 100, "higher"),
     Column("WebText loss", "webtext", "loss"),
+    Column("CoQA F1", "coqa", "f1", 100, "higher"),
+    Column("NQ exact match", "nq", "exact_match", 100, "higher"),
+    Column("NQ exact match, surest 1%", "nq", "exact_match_most_confident", 100, "higher"),
+    Column("CNN/DM ROUGE-1", "cnn-dm", "rouge_1", 1, "higher"),
+    Column("CNN/DM ROUGE-2", "cnn-dm", "rouge_2", 1, "higher"),
+    Column("CNN/DM ROUGE-L", "cnn-dm", "rouge_l", 1, "higher"),
+    Column("WMT14 en-fr BLEU", "wmt14-en-fr", "bleu", 1, "higher"),
+    Column("WMT14 fr-en BLEU", "wmt14-fr-en", "bleu", 1, "higher"),
 )
 
 
@@ -167,8 +201,33 @@ def names(asked) -> list[str]:
     return list(dict.fromkeys(task for name in asked for task in groups.get(name, (name,))))
 
 
-def measure(name: str, scorer, tokenizer, folder, options: Options, download: bool = True, progress=True) -> dict:
-    """The figures of one task: {protocol: {figure: value, ..., figure_se: its standard error}}.
+@dataclass(frozen=True)
+class _Files:
+    """`files(name)`: the path of a source, fetched if need be."""
+
+    folder: Path
+    download: bool
+    progress: bool
+
+    def __call__(self, name: str) -> Path:
+        return locate(name, self.folder, self.download, self.progress)
+
+    def folder_with(self, *names: str) -> Path | None:
+        """The folder if it has these files; None: another library fetches them."""
+        if all((self.folder / name).exists() for name in names):
+            return self.folder
+        if not self.download:
+            raise TextError(f"{self.folder} has no {' and '.join(names)}; put them there, or allow a download")
+        return None
+
+
+def measure(
+    name: str, scorer, tokenizer, folder, options: Options, download: bool = True, progress: bool = True
+) -> tuple[dict, dict]:
+    """The figures of one task, and what the model wrote if it had to: both {protocol: ...}.
+
+    Figures are {figure: value, ..., figure_se: its standard error}; what it wrote is a list of {prompt, prediction,
+    references}.
 
     Args:
         name: in TASKS.
@@ -187,10 +246,12 @@ def measure(name: str, scorer, tokenizer, folder, options: Options, download: bo
             f"the tokenizer has {tokenizer.n_vocab} entries and the model {scorer.model.config.n_vocab}: they are not "
             "of each other; give the model's own"
         )
-    task = TASKS[name]
-    path = locate(task.file, folder, download, progress)
-    protocols = list(task.protocols.items())[: None if options.variants else 1]
-    return {protocol: run(scorer, tokenizer, path, options) for protocol, run in protocols}
+    files, found, wrote = _Files(Path(folder), download, progress), {}, {}
+    for protocol, run in list(TASKS[name].protocols.items())[: None if options.variants else 1]:
+        found[protocol] = run(scorer, tokenizer, files, options)
+        if isinstance(found[protocol], tuple):
+            found[protocol], wrote[protocol] = found[protocol]
+    return found, wrote
 
 
 def columns(results: dict) -> list[dict]:
@@ -204,7 +265,7 @@ def columns(results: dict) -> list[dict]:
                     "column": column.title,
                     "value": figures[column.figure] * column.scale,
                     "se": figures[f"{column.figure}_se"] * column.scale,
-                    "n": figures.get("n", figures.get("documents")),
+                    "n": figures["n"] if "n" in figures else figures["documents"],
                     "protocol": protocol,
                     "better": column.better,
                 }
@@ -212,21 +273,18 @@ def columns(results: dict) -> list[dict]:
     return rows
 
 
-def details(results: dict) -> list[dict]:
-    """Every figure of every protocol, a row each: task, protocol, figure, value, se (NaN for counts)."""
-    return [
-        {
-            "task": task,
-            "protocol": protocol,
-            "figure": figure,
-            "value": value,
-            "se": figures.get(f"{figure}_se", np.nan),
-        }
-        for task, protocols in results.items()
-        for protocol, figures in protocols.items()
-        for figure, value in figures.items()
-        if not figure.endswith("_se")
-    ]
+def details(results: dict) -> list[list[dict]]:
+    """Every figure of every protocol: a list of rows for each kind of task, with errors as `value ± se`."""
+    tables = {}
+    for task, protocols in results.items():
+        for protocol, figures in protocols.items():
+            row = {"task": task, "protocol": protocol}
+            for name, value in figures.items():
+                if not name.endswith("_se"):
+                    se = figures.get(f"{name}_se")
+                    row[name.replace("_", " ")] = value if se is None else f"{value:,.3f} ± {se:,.3f}"
+            tables.setdefault(tuple(row), []).append(row)
+    return list(tables.values())
 
 
 def published() -> pd.DataFrame:
@@ -281,7 +339,7 @@ def documents(kinds, count: int, corpus, folder, download: bool = True, progress
             elif kind not in texts.TEXTS:
                 raise TextError(f"there is no text `{kind}`; {nearest(str(kind), ['validation', *texts.TEXTS])}")
             else:
-                path = locate(TASKS[kind].file, folder, download, progress)
+                path = locate(TASKS[kind].file, Path(folder), download, progress)
                 found[kind] = _spread(texts.read(kind, path).documents, count)
         except PROBLEMS as problem:
             problems[kind] = str(problem)
