@@ -1,6 +1,7 @@
 """Models side by side on the same documents: where one predicts better than the other, and by how much."""
 
 import html
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -56,7 +57,7 @@ def same_tokens(readings) -> bool:
 
 
 def grouped(reading: Reading, group: Callable[[int], np.ndarray], labels) -> list[dict]:
-    """Mean loss of tokens in groups: rows of label, loss (nats per token), se (over documents), tokens.
+    """Mean loss of tokens in groups that are in two documents or more: label, loss (nats per token), its se, tokens.
 
     Args:
         reading: of one model.
@@ -72,7 +73,7 @@ def grouped(reading: Reading, group: Callable[[int], np.ndarray], labels) -> lis
     rows = []
     for label, nats, counts in zip(labels, *sums, strict=True):
         there = counts > 0
-        if there.any():
+        if there.sum() > 1:
             se = bootstrap(lambda a, b: a / b, nats[there], counts[there])
             rows.append({"label": label, "loss": nats.sum() / counts.sum(), "se": se, "tokens": int(counts.sum())})
     return rows
@@ -92,9 +93,10 @@ def by_frequency(reading: Reading, counts) -> list[dict]:
 
 
 def by_domain(reading: Reading) -> list[dict]:
-    """Loss of each kind of text, with its bits per byte and their standard error."""
-    labels = list(dict.fromkeys(reading.domains))
-    rows = grouped(reading, lambda i: np.full(len(reading.ids[i]), labels.index(reading.domains[i])), labels)
+    """Loss of each kind of text that there are two documents of, with its bits per byte and their standard error."""
+    labels = [domain for domain, count in Counter(reading.domains).items() if count > 1]
+    place = {label: i for i, label in enumerate(labels)}
+    rows = grouped(reading, lambda i: np.full(len(reading.ids[i]), place.get(reading.domains[i], -1)), labels)
     for row in rows:
         chosen = [i for i, domain in enumerate(reading.domains) if domain == row["label"]]
         nats, size = np.array([reading.nats[i].sum() for i in chosen]), reading.bytes[chosen]

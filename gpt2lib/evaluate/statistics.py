@@ -81,17 +81,20 @@ def of_samples(sequences, texts) -> dict:
 
     Length in tokens; distinct 1- to 3-grams, repeated 4-grams, self-BLEU: means over texts. The exponent of Zipf's law
     is of all, its error that of the delete-one-group jackknife of up to 20 groups (Efron and Tibshirani 1993).
+    ValueError for fewer than two texts, or for texts of fewer than four tokens.
     """
+    if len(sequences) < 2 or max(map(len, sequences)) < 4:
+        raise ValueError("statistics of samples need at least 2 texts, and one of 4 tokens or more; ask for more")
     per_text = {"tokens": [len(ids) for ids in sequences]}
     per_text |= {f"distinct {n}-grams": [distinct([ids], n) for ids in sequences] for n in (1, 2, 3)}
     per_text |= {"repeated 4-grams": [repetition(ids) for ids in sequences], "self-BLEU": self_bleu(texts)}
     figures = {}
     for name, values in per_text.items():
         values = np.array(values, float)[np.isfinite(values)]
-        se = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-        figures[name] = (float(values.mean()) if len(values) else math.nan, float(se))
+        se = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0
+        figures[name] = (float(values.mean()), float(se))
     groups = [g for g in np.array_split(np.arange(len(sequences)), min(20, len(sequences))) if len(g)]
     left = [zipf([ids for i, ids in enumerate(sequences) if i not in set(group.tolist())]) for group in groups]
-    spread = (len(left) - 1) / len(left) * np.sum((np.array(left) - np.mean(left)) ** 2) if len(left) > 1 else math.nan
+    spread = (len(left) - 1) / len(left) * np.sum((np.array(left) - np.mean(left)) ** 2)
     figures["Zipf exponent"] = (zipf(sequences), float(math.sqrt(spread)))
     return figures

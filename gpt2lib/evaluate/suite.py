@@ -1,6 +1,7 @@
 """All tasks by name, the figure of each that stands in the paper's table, and what others published."""
 
 import io
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -226,7 +227,7 @@ def measure(
 ) -> tuple[dict, dict]:
     """The figures of one task, and what the model wrote if it had to: both {protocol: ...}.
 
-    Figures are {figure: value, ..., figure_se: its standard error}; what it wrote is a list of {prompt, prediction,
+    Figures are {figure: value, ..., figure_se: its standard error, unless there is only one item}; what it wrote is a list of {prompt, prediction,
     references}.
 
     Args:
@@ -251,11 +252,16 @@ def measure(
         found[protocol] = run(scorer, tokenizer, files, options)
         if isinstance(found[protocol], tuple):
             found[protocol], wrote[protocol] = found[protocol]
+        # Of one item there is no standard error.
+        found[protocol] = {name: value for name, value in found[protocol].items() if not math.isnan(value)}
     return found, wrote
 
 
 def columns(results: dict) -> list[dict]:
-    """The tables' columns that `results` {task: measure(...)} has: title, value, se, n, protocol, better."""
+    """The tables' columns that `results` {task: figures of `measure`} has: title, value, se, n, protocol, better.
+
+    An se of 0 means that there is none.
+    """
     rows = []
     for column in COLUMNS:
         if column.task in results:
@@ -264,7 +270,7 @@ def columns(results: dict) -> list[dict]:
                 {
                     "column": column.title,
                     "value": figures[column.figure] * column.scale,
-                    "se": figures[f"{column.figure}_se"] * column.scale,
+                    "se": figures.get(f"{column.figure}_se", 0) * column.scale,
                     "n": figures["n"] if "n" in figures else figures["documents"],
                     "protocol": protocol,
                     "better": column.better,
@@ -297,11 +303,13 @@ def published() -> pd.DataFrame:
 
 
 def published_columns(model: str) -> list[dict]:
-    """The paper's figures of a model, as `columns` has ours: no standard errors."""
+    """The paper's figures of a model, or others' of another, as `columns` has ours: no standard errors."""
     table, better = published(), {column.title: column.better for column in COLUMNS}
-    rows = table[(table.model == model) & (table.protocol == "the paper's")]
+    rows = table[table.model == model]
     if rows.empty:
         raise TextError(f"there are no published figures of `{model}`; {nearest(model, set(table.model))}")
+    if "the paper's" in set(rows.protocol):
+        rows = rows[rows.protocol == "the paper's"]
     return [
         {
             "column": row.column,
