@@ -227,8 +227,8 @@ def measure(
 ) -> tuple[dict, dict]:
     """The figures of one task, and what the model wrote if it had to: both {protocol: ...}.
 
-    Figures are {figure: value, ..., figure_se: its standard error, unless there is only one item}; what it wrote is a list of {prompt, prediction,
-    references}.
+    Figures are {figure: value, ..., figure_se: its standard error, unless there is only one item}; what it wrote is a
+    list of {prompt, prediction, references}.
 
     Args:
         name: in TASKS.
