@@ -1,4 +1,4 @@
-"""The full-size 117M: it is built and read in seconds, and written as OpenAI wrote it."""
+"""Full sizes: built and read in seconds, written as OpenAI wrote them, and every check of the released weights runs."""
 
 import json
 import time
@@ -8,6 +8,7 @@ import pytest
 
 from gpt2lib.checkpoint import load_openai, openai_shapes, save_openai
 from gpt2lib.config import SIZES
+from gpt2lib.evaluate import port
 from gpt2lib.model import GPT2
 
 
@@ -37,3 +38,27 @@ def test_117m_is_built_written_and_read(tmp_path, golden):
         start, size = entry["offset"], entry["size"]
         assert tuple(entry["shape"]) == shapes[name], name
         assert flat[start : start + size].tobytes() == values[name].tobytes(), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "parameters"), [("345M", 354_823_168), ("PrettyBig", 367_419_392)])
+def test_larger_ones_round_trip(tmp_path, size, parameters):
+    model = GPT2(SIZES[size])
+    assert model.count_params() == parameters
+    save_openai(model, tmp_path / size)
+    assert (tmp_path / size / "model.ckpt.data-00000-of-00001").stat().st_size == 4 * parameters
+    again = load_openai(tmp_path / size)
+    assert again.config.hparams == SIZES[size].hparams
+    for ours, theirs in zip(model.trainable_variables, again.trainable_variables, strict=True):
+        np.testing.assert_array_equal(np.asarray(ours.value), np.asarray(theirs.value), err_msg=ours.path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["117M", "345M"])
+def test_every_check_of_the_released_weights_runs(size):
+    """With other weights of the same shape: what depends on the weights fails, all else passes."""
+    checks = port.released(GPT2(SIZES[size]), size)
+    passed = [check.passed for check in checks]
+    assert passed == [True, True] + [False] * (len(checks) - 2)
+    assert len(checks) == (2 + 2 + 4 + 1 + 2 * 5 + 1 + 3 + 2 if size == "117M" else 2 + 2)
+    assert all(np.isfinite(check.difference) for check in checks)

@@ -30,7 +30,7 @@ def smaller(run) -> dict:
     kind = run.source.stem[:2]
     cuts = {
         "01": {"source": "tests/corpus", "tokenizer": None, "n_vocab": 300, "n_ctx": 64, "validation_fraction": 0.1},
-        "02": {"download": False},
+        "02": {"download": False, "size": None, "other_backend": False},
         "03": {"size": "test", "max_steps": 4, "warmup_steps": 1, "batch_size": 8, "sharded": False},
         "04": {"windows": 4, "limit": 3, "download": False, "tasks": ["lambada", "wikitext2", "winograd"]},
         "05": {"length": 4, "unprompted": 1, "statistics_samples": 2},
@@ -79,7 +79,7 @@ def workspace(tmp_path, monkeypatch):
 
 def release(workspace, name):
     """A checkpoint where a released one would lie."""
-    texts = [path.read_text() for path in sorted((ROOT / "tests" / "corpus").glob("*.txt"))]
+    texts = [path.read_text() for path in sorted((ROOT / "tests" / "corpus").iterdir())]
     model = GPT2(ModelConfig(**TINY), init=distinctive)
     save_huggingface(model, workspace / "data" / "models" / name, Tokenizer.train(texts, TINY["n_vocab"]))
 

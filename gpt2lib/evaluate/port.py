@@ -184,7 +184,7 @@ def released(model, size: str) -> list[Check]:
 
 
 def golden(model, arrays) -> list[Check]:
-    """The values that OpenAI's own code gave for made-up parameters; arrays: of `tests/golden/openai-test/golden.npz`."""
+    """The values that OpenAI's own code gave for made-up parameters, `tests/golden/openai-test/golden.npz`."""
     source, tokens = "openai/gpt-2 model.py and sample.py, run unchanged", arrays["tokens"]
     ours = model(tokens)
     nats = nll(ours[:, :-1], tokens[:, 1:])
