@@ -9,7 +9,9 @@ from gpt2lib.evaluate.statistics import bootstrap
 from gpt2lib.evaluate.texts import Text
 
 
-def document_losses(scorer: Scorer, tokenizer, text: Text, window=None, stride=None) -> tuple[np.ndarray, np.ndarray]:
+def document_losses(
+    scorer: Scorer, tokenizer, text: Text, window=None, stride=None, full=False
+) -> tuple[np.ndarray, np.ndarray]:
     """Nats [n] and tokens [n] of each document of a text, all of its tokens predicted.
 
     The first is predicted after the end of text, as in training. Pieces of one text are predicted as one.
@@ -25,18 +27,20 @@ def document_losses(scorer: Scorer, tokenizer, text: Text, window=None, stride=N
     for i, scored in zip(short, scorer.passages([[tokenizer.end_of_text, *ids[i]] for i in short]), strict=True):
         nats[i] = scored.nats.sum()
     for i in set(range(len(ids))) - set(short):
-        nats[i] = scorer.text([tokenizer.end_of_text, *ids[i]], window, stride).sum()
+        nats[i] = scorer.text([tokenizer.end_of_text, *ids[i]], window, stride, full).sum()
     return nats, lengths
 
 
-def perplexity(scorer: Scorer, tokenizer, text: Text, window: int | None = None, stride: int | None = None) -> dict:
+def perplexity(
+    scorer: Scorer, tokenizer, text: Text, window: int | None = None, stride: int | None = None, full=False
+) -> dict:
     """All figures of a model on a text, each with its standard error (bootstrap over documents), by name.
 
     Sums first, one division, then the exponential (openai/gpt-2#78): `perplexity` is by the words of the text as it was
     published, whatever the model was given; `loss` is nats per token; `bits_per_byte` and `bits_per_character` are by
-    what the model was given. `window` and `stride` as in `Scorer.text`.
+    what the model was given. `window`, `stride` and `full` as in `Scorer.text`.
     """
-    nats, tokens = document_losses(scorer, tokenizer, text, window, stride)
+    nats, tokens = document_losses(scorer, tokenizer, text, window, stride, full)
     figures = {"documents": len(nats), "tokens": int(tokens.sum()), "words": sum(text.words), "nats": float(nats.sum())}
     units = {
         "loss": (tokens, lambda nats, units: nats / units),

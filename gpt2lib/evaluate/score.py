@@ -71,7 +71,7 @@ class Scorer:
                 out[i] = Scored(nats[row, : counts[i]], first[row, : counts[i]])
         return out
 
-    def text(self, ids, window: int | None = None, stride: int | None = None) -> np.ndarray:
+    def text(self, ids, window: int | None = None, stride: int | None = None, full: bool = False) -> np.ndarray:
         """Nats of every token but the first of a long text: float64 [len - 1].
 
         Args:
@@ -79,6 +79,7 @@ class Scorer:
             window: how many tokens at most the model sees; None: n_ctx.
             stride: how many of them are predicted in each window but the first, in which all are: each token sees
                 at least window - stride before it. None: the whole window, so that none sees another's.
+            full: the last window reaches back until it is full, whatever the stride (as lm-evaluation-harness has it).
         """
         n_ctx = self.model.config.n_ctx
         window = window or n_ctx
@@ -92,6 +93,9 @@ class Scorer:
             return np.zeros(0)
         parts = [self.passages([ids[: window + 1]])[0].nats]
         starts = np.arange(stride, len(ids) - 1 - (window - stride), stride)  # each predicts the last of its window
+        left = len(ids) - 1 - window - stride * (len(starts) - 1)  # predicted by the last one
+        if full and len(starts) and left < stride:
+            starts, end = starts[:-1], self.passages([ids[-window - 1 :]], [left])[0].nats
         padded, rows = np.concatenate([ids, np.zeros(window, np.int32)]), max(1, self.batch_tokens // window)
         places = np.tile(np.arange(window - stride, window, dtype=np.int32), (rows, 1))
         bias = np.zeros(self.model.config.n_vocab, np.float32)
@@ -100,6 +104,8 @@ class Scorer:
             windows = np.zeros((rows, window + 1), np.int32)
             windows[: len(some)] = padded[some[:, None] + np.arange(window + 1)]
             parts.append(self._run(windows, places, bias)[0][: len(some)].reshape(-1))
+        if full and left < stride and left > 0:
+            parts.append(end)
         return np.concatenate(parts)[: len(ids) - 1]
 
     def branches(self, context, branches) -> list[np.ndarray]:

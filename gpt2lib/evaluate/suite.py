@@ -4,6 +4,7 @@ import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -88,8 +89,9 @@ def _cbt(kind, split):
     return Task(file, {n: _of_items(tasks.read_cbt, tasks.choose, file, detokenized=way) for n, way in ways.items()})
 
 
-def _lambada(prepared):
-    return _of_items(tasks.read_lambada, tasks.guess, "lambada_test.jsonl", prepared=prepared)
+def _lambada(prepared, start=True):
+    measure = partial(tasks.guess, start=start)
+    return _of_items(tasks.read_lambada, measure, "lambada_test.jsonl", prepared=prepared)
 
 
 def _winograd(partial):
@@ -120,7 +122,14 @@ def _translations(languages):
 
 TASKS = {
     # Last token: 46.7 to 46.9% is measured with the released 117M (openai/gpt-2#131), the paper says 45.99.
-    "lambada": Task("lambada_test.jsonl", {"prepared": _lambada(True), "as published": _lambada(False)}),
+    "lambada": Task(
+        "lambada_test.jsonl",
+        {
+            "prepared": _lambada(True),
+            "as published": _lambada(False),
+            "lm-evaluation-harness": _lambada(False, start=False),
+        },
+    ),
     # The paper's split is valid: test has a book that the training text may have (section 3.2).
     "cbt-cn": _cbt("CN", "valid_2000"),
     "cbt-ne": _cbt("NE", "valid_2000"),

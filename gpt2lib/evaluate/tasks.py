@@ -63,18 +63,19 @@ def stop_words(tokenizer) -> list[int]:
     return sorted({ids[0] for ids in spelled if len(ids) == 1})
 
 
-def guess(scorer: Scorer, tokenizer, passages) -> dict:
+def guess(scorer: Scorer, tokenizer, passages, start: bool = True) -> dict:
     """Figures of LAMBADA, each with its standard error: n passages of (context, last word).
 
     `perplexity` of the last words, one unit each; `accuracy`: all tokens of the word come first, one after another;
     `..._last_token`: its last token only, given the others; `..._no_stop_words`: words of a list are never guessed.
-    What is too long for the context loses its beginning.
+    What is too long for the context loses its beginning. `start`: whether the end of text stands in front of a passage,
+    as in training (lm-evaluation-harness has nothing there).
     """
     most = scorer.model.config.n_ctx + 1
+    front = [tokenizer.end_of_text] if start else []
     words = [tokenizer.encode(word) for _, word in passages]
     texts = [
-        [tokenizer.end_of_text, *tokenizer.encode(context), *word][-most:]
-        for (context, _), word in zip(passages, words, strict=True)
+        [*front, *tokenizer.encode(context), *word][-most:] for (context, _), word in zip(passages, words, strict=True)
     ]
     counts = [min(len(word), len(text) - 1) for word, text in zip(words, texts, strict=True)]
     plain = scorer.passages(texts, counts)
