@@ -118,12 +118,8 @@ def train_huggingface(shape, batch_size, dtype, steps=2, fused=False):
     import contextlib
 
     import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
 
-    names = {"n_vocab": "vocab_size", "n_ctx": "n_positions"}
-    end = {"bos_token_id": shape["n_vocab"] - 1, "eos_token_id": shape["n_vocab"] - 1}
-    model = GPT2LMHeadModel(GPT2Config(**{names.get(name, name): value for name, value in shape.items()}, **end))
-    model.train()
+    model = _huggingface(shape).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused=fused or None)
     tokens = torch.randint(0, shape["n_vocab"], (batch_size, shape["n_ctx"]))
 
@@ -140,6 +136,57 @@ def train_huggingface(shape, batch_size, dtype, steps=2, fused=False):
     command = yield {"first_step_seconds": _age(), "device": f"torch {torch.__version__}"}
     while command == "turn":
         command = yield {"seconds": [_timed(step) for _ in range(steps)]}
+
+
+def evaluate_ours(shape, batch_size, dtype, steps=2, lengths=()):
+    """Seconds for the losses of all tokens of a batch; at the end, of the last 2 of passages of `lengths`."""
+    from gpt2lib import device
+
+    described = device.setup()
+    from gpt2lib.config import ModelConfig
+    from gpt2lib.evaluate.score import Scorer
+    from gpt2lib.model import GPT2
+
+    shape, random = ModelConfig.from_dict(shape), np.random.default_rng(0)
+    scorer = Scorer(GPT2(shape, dtype=dtype), batch_tokens=batch_size * shape.n_ctx)
+    passages = random.integers(0, shape.n_vocab, (batch_size, shape.n_ctx + 1)).tolist()
+    scorer.passages(passages)
+    command = yield {"first_step_seconds": _age(), "device": described}
+    while command == "turn":
+        command = yield {"seconds": [_timed(lambda: scorer.passages(passages)) for _ in range(steps)]}
+    if not lengths:
+        return {}
+    scorer.batch_tokens = 4096
+    some = [random.integers(0, shape.n_vocab, length).tolist() for length in lengths]
+    return {"passages_seconds": _timed(lambda: scorer.passages(some, [2] * len(some)))}
+
+
+def evaluate_huggingface(shape, batch_size, dtype, steps=2):
+    """Seconds of a forward pass of transformers' GPT2LMHeadModel with the losses of all tokens of a batch."""
+    import contextlib
+
+    import torch
+
+    model = _huggingface(shape).eval()
+    tokens = torch.randint(0, shape["n_vocab"], (batch_size, shape["n_ctx"]))
+
+    def step():
+        low = torch.autocast("cpu", torch.bfloat16) if dtype == "mixed_bfloat16" else contextlib.nullcontext()
+        with torch.inference_mode(), low:
+            float(model(tokens, labels=tokens).loss)
+
+    step()
+    command = yield {"first_step_seconds": _age(), "device": f"torch {torch.__version__}"}
+    while command == "turn":
+        command = yield {"seconds": [_timed(step) for _ in range(steps)]}
+
+
+def _huggingface(shape):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    names = {"n_vocab": "vocab_size", "n_ctx": "n_positions"}
+    end = {"bos_token_id": shape["n_vocab"] - 1, "eos_token_id": shape["n_vocab"] - 1}
+    return GPT2LMHeadModel(GPT2Config(**{names.get(name, name): value for name, value in shape.items()}, **end))
 
 
 def machine(dtype, size=2048, times=5):
