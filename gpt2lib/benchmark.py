@@ -275,7 +275,7 @@ def _age() -> float:
     return time.time() - psutil.Process().create_time()
 
 
-WORKERS = {f.__name__: f for f in (train_ours, train_huggingface, machine, data)}
+WORKERS = {f.__name__: f for f in (train_ours, train_huggingface, evaluate_ours, evaluate_huggingface, machine, data)}
 
 
 def _work(kind, **options):

@@ -10,9 +10,9 @@ from literal import nll as literal_nll
 
 from gpt2lib.checkpoint import save_huggingface
 from gpt2lib.config import SIZES
-from gpt2lib.evaluate.perplexity import perplexity
+from gpt2lib.evaluate.perplexity import document_losses, perplexity
 from gpt2lib.evaluate.score import Scorer
-from gpt2lib.evaluate.texts import Text
+from gpt2lib.evaluate.texts import Text, TextError
 from gpt2lib.model import GPT2
 from gpt2lib.tokenizer import Tokenizer
 
@@ -79,3 +79,19 @@ def test_as_transformers_documents_it(model, tmp_path, stride):
     ours = Scorer(model).text(ids, window=CONFIG.n_ctx - 1, stride=stride)  # theirs has the predicted one in its window
     assert count == len(ours) == len(ids) - 1
     assert math.exp(ours.mean()) == pytest.approx(math.exp(sums / count), rel=1e-5)
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_empty_documents_and_single_tokens(model, joined):
+    """An empty document adds nothing; one byte is one token, predicted after the end of text."""
+    scorer = Scorer(model)
+    with_empty = document_losses(scorer, BYTES, Text("x", ["", "ab", "", "c"], [0, 1, 0, 1], joined))
+    without = document_losses(scorer, BYTES, Text("x", ["ab", "c"], [1, 1], joined))
+    np.testing.assert_allclose(with_empty[0][[1, 3]], without[0], rtol=1e-6)
+    assert with_empty[0][[0, 2]].tolist() == [0, 0]
+    assert with_empty[1].tolist() == [0, 2, 0, 1]
+    single = perplexity(scorer, BYTES, Text("x", ["c"], [1], joined))
+    assert single["tokens"] == 1
+    assert single["loss"] == pytest.approx(scorer.passages([[256, *BYTES.encode("c")]])[0].nats[0])
+    with pytest.raises(TextError, match=r"^x has nothing to be predicted: all of its 2 documents are empty$"):
+        perplexity(scorer, BYTES, Text("x", ["", ""], [0, 0], joined))

@@ -56,7 +56,7 @@ def test_what_is_banned_is_not_reckoned_with(model, alone):
     for place in range(4):
         passage = [*context, ranked[place]]
         assert scorer.passages([passage], [1])[0].first.tolist() == [place == 0]
-        assert scorer.passages([passage], [1], banned=ranked[:place])[0].first.tolist() == [True]
+        assert scorer.passages([passage], [1], banned=ranked[:place])[0].first_allowed.tolist() == [True]
 
 
 @pytest.mark.parametrize("n", [1, 4, 9])
@@ -116,3 +116,30 @@ def test_windows_that_cannot_be(model, window, stride):
 
 def test_a_text_of_one_token_has_no_loss(model):
     assert Scorer(model).text([3]).shape == (0,)
+
+
+def test_damaged_parameters_are_said(model):
+    """Losses that are no numbers never become a figure, whichever way a text is scored."""
+    arrays = {v.path: np.asarray(v.value).copy() for v in model.trainable_variables}
+    arrays["model/h0/mlp/c_fc/b"][3] = np.nan
+    scorer = Scorer(GPT2(model.config, init=lambda path, shape: arrays[path]))
+    sentence = r"^the loss of token 0 of {} is nan: the model's parameters are damaged; load another checkpoint$"
+    with pytest.raises(ValueError, match=sentence.format("passage 0")):
+        scorer.passages([[1, 2, 3]])
+    with pytest.raises(ValueError, match=sentence.format(r"(passage 0|a text of \d+ tokens)")):
+        scorer.text(list(range(model.config.n_ctx * 2)))
+    with pytest.raises(ValueError, match=sentence.format("choice 0")):
+        scorer.branches([1, 2], [[3], [4]])
+
+
+def test_full_windows_reach_back(model, alone):
+    """With `full` each token of the last window sees all that fits; the rest is as without."""
+    n_ctx, ids = model.config.n_ctx, list(range(1, model.config.n_ctx * 2 - 3))
+    plain, full = Scorer(model).text(ids), Scorer(model).text(ids, full=True)
+    assert len(plain) == len(full) == len(ids) - 1
+    np.testing.assert_allclose(full[:n_ctx], plain[:n_ctx], rtol=1e-6)
+    tail = Scorer(model).passages([ids[-n_ctx - 1 :]])[0].nats
+    np.testing.assert_allclose(full[n_ctx:], tail[n_ctx - (len(full) - n_ctx) :], rtol=1e-5)
+    assert np.abs(full[n_ctx:] - plain[n_ctx:]).max() > 1e-3
+    whole = ids[: n_ctx + 1]
+    np.testing.assert_array_equal(Scorer(model).text(whole, full=True), Scorer(model).text(whole))

@@ -6,7 +6,7 @@ import numpy as np
 
 from gpt2lib.evaluate.score import Scorer
 from gpt2lib.evaluate.statistics import bootstrap
-from gpt2lib.evaluate.texts import Text
+from gpt2lib.evaluate.texts import Text, TextError
 
 
 def document_losses(
@@ -14,19 +14,22 @@ def document_losses(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Nats [n] and tokens [n] of each document of a text, all of its tokens predicted.
 
-    The first is predicted after the end of text, as in training. Pieces of one text are predicted as one.
+    The first is predicted after the end of text, as in training. Pieces of one text are predicted as one. An empty
+    document has none of either. TextError if all are empty.
     """
     ids = [tokenizer.encode(document) for document in text.documents]
     lengths = np.array([len(part) for part in ids])
+    if not lengths.sum():
+        raise TextError(f"{text.name} has nothing to be predicted: all of its {len(ids)} documents are empty")
     if text.joined:
         nats = scorer.text([tokenizer.end_of_text, *(i for part in ids for i in part)], window, stride)
-        return np.add.reduceat(nats, np.cumsum(lengths) - lengths), lengths
+        return np.bincount(np.repeat(np.arange(len(ids)), lengths), nats, len(ids)), lengths
     most = window or scorer.model.config.n_ctx
-    short = [i for i, part in enumerate(ids) if len(part) <= most]
+    short = [i for i, part in enumerate(ids) if 0 < len(part) <= most]
     nats = np.zeros(len(ids))
     for i, scored in zip(short, scorer.passages([[tokenizer.end_of_text, *ids[i]] for i in short]), strict=True):
         nats[i] = scored.nats.sum()
-    for i in set(range(len(ids))) - set(short):
+    for i in np.flatnonzero(lengths > most):
         nats[i] = scorer.text([tokenizer.end_of_text, *ids[i]], window, stride, full).sum()
     return nats, lengths
 

@@ -17,7 +17,8 @@ class Scored:
     """Of the predicted tokens of a passage, in their order."""
 
     nats: np.ndarray  # float64 [K], of each token given all before it
-    first: np.ndarray  # bool [K], whether none that is allowed has a higher probability
+    first: np.ndarray  # bool [K], whether no token has a higher probability
+    first_allowed: np.ndarray  # bool [K], whether no token that is not banned has one
 
 
 class Scorer:
@@ -40,7 +41,7 @@ class Scorer:
         Args:
             passages: of 2 to n_ctx + 1 token ids each.
             counts: how many of them are predicted, each at least 1; None: all but the first.
-            banned: ids that `first` does not reckon with.
+            banned: ids that `first_allowed` does not reckon with.
         """
         n_ctx, out = self.model.config.n_ctx, [None] * len(passages)
         counts = counts or [len(ids) - 1 for ids in passages]
@@ -66,9 +67,10 @@ class Scorer:
             for row, i in enumerate(group):
                 windows[row, : len(passages[i])] = passages[i]
                 places[row, : counts[i]] = np.arange(len(passages[i]) - 1 - counts[i], len(passages[i]) - 1)
-            nats, first = self._run(windows, places, bias)
+            found = self._run(windows, places, bias)
             for row, i in enumerate(group):
-                out[i] = Scored(nats[row, : counts[i]], first[row, : counts[i]])
+                out[i] = Scored(*(column[row, : counts[i]] for column in found))
+                _check(out[i].nats, f"passage {i}")
         return out
 
     def text(self, ids, window: int | None = None, stride: int | None = None, full: bool = False) -> np.ndarray:
@@ -106,7 +108,9 @@ class Scorer:
             parts.append(self._run(windows, places, bias)[0][: len(some)].reshape(-1))
         if full and left < stride and left > 0:
             parts.append(end)
-        return np.concatenate(parts)[: len(ids) - 1]
+        nats = np.concatenate(parts)[: len(ids) - 1]
+        _check(nats, f"a text of {len(ids)} tokens")
+        return nats
 
     def branches(self, context, branches) -> list[np.ndarray]:
         """Nats of the tokens of several continuations of one context, which is computed once: float64 [len] each.
@@ -133,7 +137,10 @@ class Scorer:
         if shapes not in self._branches:
             self._branches[shapes] = compiled(self.model, partial(self._branch_program))
         nats = np.asarray(self._branches[shapes](*tensors), np.float64)
-        return [nats[row, : len(branch)] for row, branch in enumerate(branches)]
+        nats = [nats[row, : len(branch)] for row, branch in enumerate(branches)]
+        for row, losses in enumerate(nats):
+            _check(losses, f"choice {row}")
+        return nats
 
     def _rounded(self, length):
         return min(-(-length // _MULTIPLE) * _MULTIPLE, self.model.config.n_ctx)
@@ -143,18 +150,19 @@ class Scorer:
 
     def _run(self, windows, places, bias):
         windows, places = (ops.convert_to_tensor(x, "int32") for x in (windows, places))
-        nats, first = self._tails(windows, places, ops.convert_to_tensor(bias))
-        return np.asarray(nats, np.float64), np.asarray(first)
+        nats, *first = self._tails(windows, places, ops.convert_to_tensor(bias))
+        return np.asarray(nats, np.float64), *map(np.asarray, first)
 
     def _tail_program(self, windows, places, bias):
-        """Windows [B, T + 1], places [B, K] of the tokens that predict, bias [V] -> nats and whether first, [B, K]."""
+        """Windows [B, T + 1], places [B, K] of the tokens that predict, bias [V] -> nats, and whether first of all and
+        of those whose bias is 0, [B, K]."""
         hidden, _ = self.model.hidden(windows[:, :-1])
         b, t, d = ops.shape(hidden)
         flat = places + t * ops.arange(b, dtype="int32")[:, None]
         logits = self.model.logits(ops.take(ops.reshape(hidden, (-1, d)), flat, axis=0))  # [B, K, V]
         labels = ops.take_along_axis(windows[:, 1:], places, axis=1)
         own = ops.take_along_axis(logits, labels[:, :, None], axis=2)[:, :, 0]
-        return nll(logits, labels), own >= ops.max(logits + bias, axis=2)
+        return nll(logits, labels), own >= ops.max(logits, axis=2), own >= ops.max(logits + bias, axis=2)
 
     def _branch_program(self, before, windows, position):
         """Context [1, P], windows [C, K + 1] that begin with its last token, at place `position` -> nats [C, K]."""
@@ -164,3 +172,13 @@ class Scorer:
         past = [tuple(ops.repeat(x, rows, axis=0) for x in layer) for layer in past]
         hidden, _ = self.model.hidden(windows[:, :-1], past, position)  # hides what lies behind
         return nll(self.model.logits(hidden), windows[:, 1:])
+
+
+def _check(nats, what):
+    """Raises ValueError for losses that are no numbers: nothing can be said of such a model."""
+    if not np.isfinite(nats).all():
+        at = int(np.flatnonzero(~np.isfinite(nats))[0])
+        raise ValueError(
+            f"the loss of token {at} of {what} is {nats[at]}: the model's parameters are damaged; "
+            "load another checkpoint"
+        )

@@ -78,16 +78,18 @@ def guess(scorer: Scorer, tokenizer, passages, start: bool = True) -> dict:
         [*front, *tokenizer.encode(context), *word][-most:] for (context, _), word in zip(passages, words, strict=True)
     ]
     counts = [min(len(word), len(text) - 1) for word, text in zip(words, texts, strict=True)]
-    plain = scorer.passages(texts, counts)
-    banned = scorer.passages(texts, counts, stop_words(tokenizer))
-    nats, ones = [scored.nats.sum() for scored in plain], np.ones(len(texts))
+    found = scorer.passages(texts, counts, stop_words(tokenizer))
+    nats, ones = [scored.nats.sum() for scored in found], np.ones(len(texts))
     columns = {}
-    for name, scores in (("", plain), ("_no_stop_words", banned)):
-        columns[f"accuracy{name}"] = [scored.first.all() for scored in scores]
-        columns[f"accuracy_last_token{name}"] = [scored.first[-1] for scored in scores]
+    for name, firsts in (
+        ("", [scored.first for scored in found]),
+        ("_no_stop_words", [scored.first_allowed for scored in found]),
+    ):
+        columns[f"accuracy{name}"] = [first.all() for first in firsts]
+        columns[f"accuracy_last_token{name}"] = [first[-1] for first in firsts]
     figures = {"n": len(texts), "perplexity": float(np.exp(np.mean(nats)))}
     figures["perplexity_se"] = bootstrap(lambda nats, n: np.exp(nats / n), nats, ones)
-    last = [scored.nats[-1] for scored in plain]
+    last = [scored.nats[-1] for scored in found]
     figures["perplexity_last_token"] = float(np.exp(np.mean(last)))
     figures["perplexity_last_token_se"] = bootstrap(lambda nats, n: np.exp(nats / n), last, ones)
     for name, hits in columns.items():
