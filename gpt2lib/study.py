@@ -287,8 +287,11 @@ def _clean(notebook: nbformat.NotebookNode) -> None:
             cell.id = "injected-parameters"
 
 
-def run_study(folder: str | Path, force: bool = False, only: str | None = None) -> None:
-    """Run what is not up to date, in order. Once a notebook has run, the later ones, which read it, run too."""
+def run_study(folder: str | Path, force: bool = False, only: str | None = None, unrun: bool = False) -> None:
+    """Run what is not up to date, in order. Once a notebook has run, the later ones, which read it, run too.
+
+    `unrun`: also those whose first line says `# not yet run: needs ...`.
+    """
     runs = plan(folder)
     if only:
         chosen = Path(only).name.removesuffix(".yaml")
@@ -298,8 +301,8 @@ def run_study(folder: str | Path, force: bool = False, only: str | None = None) 
         runs = [runs[names.index(chosen)]]
     report, rerun = None, force
     for run in runs:
-        if run.needs:
-            print(f"{run.stem}: skipped, needs {run.needs}", flush=True)
+        if run.needs and not unrun:
+            print(f"{run.stem}: skipped, needs {run.needs}; --not-yet-run runs it", flush=True)
             continue
         report = run.file(".ipynb").relative_to(workspace()).as_posix()
         if not rerun and run.is_up_to_date():
@@ -320,11 +323,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m gpt2lib.study", description="Run a study's notebooks in order.")
     parser.add_argument("study", help="the study's folder, such as reports/quickstart")
     parser.add_argument("--force", action="store_true", help="run also what is up to date, and train from the start")
+    parser.add_argument("--not-yet-run", action="store_true", help="run also what is marked so: what it needs is there")
     parser.add_argument("--only", metavar="STEM", help="run one notebook, such as 03_train-adamw")
     options = parser.parse_args(arguments)
     logging.getLogger("papermill").setLevel(logging.ERROR)
     try:
-        run_study(options.study, options.force, options.only)
+        run_study(options.study, options.force, options.only, options.not_yet_run)
     except StudyError as error:
         print(error, file=sys.stderr)
         return 2

@@ -126,10 +126,19 @@ def test_only_names_the_nearest(root, capsys):
     assert "did you mean `01_tiny-a`?" in capsys.readouterr().err
 
 
+def test_not_yet_run_runs_when_asked(root, capsys, monkeypatch):
+    write_yaml(root, "01_tiny", "# not yet run: needs a TPU\nsteps: 3\n")
+    ran = []
+    monkeypatch.setattr(study, "execute", lambda run, **_: ran.append(run.stem))
+    assert study.main(["reports/s", "--not-yet-run"]) == 0
+    assert ran == ["reports/s/01_tiny"]
+    assert "reports/s/01_tiny: done" in capsys.readouterr().out
+
+
 def test_not_yet_run_is_skipped_and_says_so(root, capsys):
     write_yaml(root, "01_tiny", "# not yet run: needs a TPU\nsteps: 3\n")
     assert study.main(["reports/s"]) == 0
-    assert capsys.readouterr().out == "reports/s/01_tiny: skipped, needs a TPU\n"
+    assert capsys.readouterr().out == "reports/s/01_tiny: skipped, needs a TPU; --not-yet-run runs it\n"
 
 
 def test_a_study_from_the_first_run_to_the_last(root, capfd, monkeypatch):
