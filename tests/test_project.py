@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "step": CORE,
     "study": {"config", "report"},
     "corpus": MIDDLE,
-    "benchmark": TOP,
+    "benchmark": TOP | {"evaluate"},
     **dict.fromkeys(("train", "evaluate", "plan"), TOP | {"corpus", "evaluate", "plan"}),
 }
 
