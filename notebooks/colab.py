@@ -1,4 +1,4 @@
-"""Installs the project in a Colab runtime: adds what is missing there, and replaces nothing that it has.
+"""Installs the project and its scorers in a Colab runtime: adds what is missing, and replaces nothing that is there.
 
 Colab's jax, libtpu, torch and numpy belong to its TPU and GPU drivers; another version may see neither. So pip is held
 to every version that is installed, and fails rather than change one.
@@ -17,7 +17,7 @@ def main():
         kept.writelines(f"{name}=={version}\n" for name, version in sorted(have.items()))
         kept.flush()
         project = Path(__file__).resolve().parents[1]
-        command = [sys.executable, "-m", "pip", "install", "-q", "-c", kept.name, "-e", str(project)]
+        command = [sys.executable, "-m", "pip", "install", "-q", "-c", kept.name, "-e", f"{project}[evaluate]"]
         failed = subprocess.run(command).returncode
     if failed:
         print("pip could not install the project beside what this runtime has; its lines above name the package")
