@@ -131,7 +131,7 @@ def test_first_cell_in_colab(tmp_path):
         pytest.skip("no git repository to fetch")
     installed, folder, module = first_cell(tmp_path, COLAB_RELEASE_TAG="release-colab")
     arguments, kept = json.loads(installed)
-    assert arguments[:3] == ["install", "-q", "-c"] and arguments[-2:] == ["-e", str(tmp_path / "gpt2lib")]
+    assert arguments[:3] == ["install", "-q", "-c"] and arguments[-2:] == ["-e", f"{tmp_path}/gpt2lib[evaluate]"]
     assert {f"{name}=={metadata.version(name)}" for name in ("numpy", "jax", "keras")} <= set(kept)
     assert not any(line.startswith("gpt2lib") for line in kept)
     assert folder == str(tmp_path / "gpt2lib") and module.startswith(folder)
