@@ -90,6 +90,8 @@ def test_empty_documents_and_single_tokens(model, joined):
     np.testing.assert_allclose(with_empty[0][[1, 3]], without[0], rtol=1e-6)
     assert with_empty[0][[0, 2]].tolist() == [0, 0]
     assert with_empty[1].tolist() == [0, 2, 0, 1]
+    long = Text("x", ["ab" * CONFIG.n_ctx + "abc", "c"], [1, 1], joined)  # its last window is not full by itself
+    assert perplexity(scorer, BYTES, long, full=True)["nats"] != perplexity(scorer, BYTES, long)["nats"]
     single = perplexity(scorer, BYTES, Text("x", ["c"], [1], joined))
     assert single["tokens"] == 1
     assert single["loss"] == pytest.approx(scorer.passages([[256, *BYTES.encode("c")]])[0].nats[0])

@@ -141,5 +141,6 @@ def test_full_windows_reach_back(model, alone):
     tail = Scorer(model).passages([ids[-n_ctx - 1 :]])[0].nats
     np.testing.assert_allclose(full[n_ctx:], tail[n_ctx - (len(full) - n_ctx) :], rtol=1e-5)
     assert np.abs(full[n_ctx:] - plain[n_ctx:]).max() > 1e-3
-    whole = ids[: n_ctx + 1]
-    np.testing.assert_array_equal(Scorer(model).text(whole, full=True), Scorer(model).text(whole))
+    for length in (2, n_ctx - 1, n_ctx + 1, 2 * n_ctx + 1):  # nothing to reach back for
+        whole = (ids * 2)[:length]
+        np.testing.assert_array_equal(Scorer(model).text(whole, full=True), Scorer(model).text(whole))

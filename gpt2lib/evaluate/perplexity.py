@@ -22,7 +22,7 @@ def document_losses(
     if not lengths.sum():
         raise TextError(f"{text.name} has nothing to be predicted: all of its {len(ids)} documents are empty")
     if text.joined:
-        nats = scorer.text([tokenizer.end_of_text, *(i for part in ids for i in part)], window, stride)
+        nats = scorer.text([tokenizer.end_of_text, *(i for part in ids for i in part)], window, stride, full)
         return np.bincount(np.repeat(np.arange(len(ids)), lengths), nats, len(ids)), lengths
     most = window or scorer.model.config.n_ctx
     short = [i for i, part in enumerate(ids) if 0 < len(part) <= most]

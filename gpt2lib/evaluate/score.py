@@ -95,9 +95,9 @@ class Scorer:
             return np.zeros(0)
         parts = [self.passages([ids[: window + 1]])[0].nats]
         starts = np.arange(stride, len(ids) - 1 - (window - stride), stride)  # each predicts the last of its window
-        left = len(ids) - 1 - window - stride * (len(starts) - 1)  # predicted by the last one
+        left, end = len(ids) - 1 - window - stride * (len(starts) - 1), []  # how many the last one predicts
         if full and len(starts) and left < stride:
-            starts, end = starts[:-1], self.passages([ids[-window - 1 :]], [left])[0].nats
+            starts, end = starts[:-1], [self.passages([ids[-window - 1 :]], [left])[0].nats]
         padded, rows = np.concatenate([ids, np.zeros(window, np.int32)]), max(1, self.batch_tokens // window)
         places = np.tile(np.arange(window - stride, window, dtype=np.int32), (rows, 1))
         bias = np.zeros(self.model.config.n_vocab, np.float32)
@@ -106,9 +106,7 @@ class Scorer:
             windows = np.zeros((rows, window + 1), np.int32)
             windows[: len(some)] = padded[some[:, None] + np.arange(window + 1)]
             parts.append(self._run(windows, places, bias)[0][: len(some)].reshape(-1))
-        if full and left < stride and left > 0:
-            parts.append(end)
-        nats = np.concatenate(parts)[: len(ids) - 1]
+        nats = np.concatenate(parts + end)[: len(ids) - 1]
         _check(nats, f"a text of {len(ids)} tokens")
         return nats
 
