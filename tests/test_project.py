@@ -166,13 +166,17 @@ def test_readme_says_what_was_recorded(study, suffix):
 
 def test_readme_says_how_fast_it_was():
     """A row for each precision and batch of the benchmark."""
-    rows = json.loads((ROOT / "reports" / "benchmark" / "08_benchmark.json").read_text())["numbers"]["training"]
-    readme = (ROOT / "README.md").read_text()
+    numbers = json.loads((ROOT / "reports" / "benchmark" / "08_benchmark.json").read_text())["numbers"]
+    rows, readme = numbers["training"], (ROOT / "README.md").read_text()
     for ours, peer, fused in zip(rows[::3], rows[1::3], rows[2::3], strict=True):
         cells = [f"{ours['precision']}, {ours['batch']}", f"{ours['tokens/s']:.0f}"]
         for other in (peer, fused):
             cells += [f"{other['tokens/s']:.0f}", f"{other['ours / it']:.2f}"]
         assert f"| {' | '.join(cells)} |" in readme
+    evaluation = numbers["evaluation"]
+    ours, peer = (8 * 512 / evaluation["seconds"][name] for name in ("ours", "peer"))
+    assert f"{ours:,.0f} tokens/s beside {peer:,.0f} of Hugging Face's forward pass, {ours / peer:.1f} times" in readme
+    assert f"all of LAMBADA in\n{evaluation['lambada_minutes']:.0f} minutes" in readme
 
 
 def test_readme_says_what_the_compiler_said():

@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops
 
 from gpt2lib.device import compiled
-from gpt2lib.model import nll
+from gpt2lib.model import fused, nll
 
 _MULTIPLE = 32  # lengths are rounded up to a multiple: as many programs are compiled at most as it goes into n_ctx
 
@@ -33,6 +33,7 @@ class Scorer:
     def __init__(self, model, batch_tokens: int = 4096, progress=None):
         self.model, self.batch_tokens, self.progress = model, batch_tokens, progress
         self._tails = compiled(model, self._tail_program)
+        self._judged = fused(self._judge)
         self._branches = {}  # a program for each pair of shapes, which a cache needs to be fixed
 
     def passages(self, passages, counts=None, banned=()) -> list[Scored]:
@@ -157,8 +158,12 @@ class Scorer:
         hidden, _ = self.model.hidden(windows[:, :-1])
         b, t, d = ops.shape(hidden)
         flat = places + t * ops.arange(b, dtype="int32")[:, None]
-        logits = self.model.logits(ops.take(ops.reshape(hidden, (-1, d)), flat, axis=0))  # [B, K, V]
-        labels = ops.take_along_axis(windows[:, 1:], places, axis=1)
+        kept = ops.take(ops.reshape(hidden, (-1, d)), flat, axis=0)  # [B, K, D]
+        return self._judged(kept, ops.take_along_axis(windows[:, 1:], places, axis=1), bias)
+
+    def _judge(self, hidden, labels, bias):
+        """Hidden [B, K, D], labels [B, K], bias [V] -> what `_tail_program` gives."""
+        logits = self.model.logits(hidden)  # [B, K, V]
         own = ops.take_along_axis(logits, labels[:, :, None], axis=2)[:, :, 0]
         return nll(logits, labels), own >= ops.max(logits, axis=2), own >= ops.max(logits + bias, axis=2)
 
