@@ -140,19 +140,24 @@ def functional(model, function):
     return run
 
 
-def compiled(model, function):
-    """`function(*tensors)` compiled, reading the variables of `model` as they are at each call."""
+def compiled(model, function, xla: bool = False, donate: tuple = ()):
+    """`function(*tensors)` compiled, reading the variables of `model` as they are at each call.
+
+    Args:
+        xla: by XLA in TensorFlow as well, which is better at loops; its own operations are better at large products.
+        donate: numbers of the arguments whose memory may be used for the result, after which they are gone (JAX).
+    """
     import keras
 
     if keras.backend.backend() == "jax":
         import jax
 
-        run = jax.jit(functional(model, function))
+        run = jax.jit(functional(model, function), donate_argnums=tuple(n + 1 for n in donate))
         return lambda *args: run([v.value for v in model.variables], *args)
 
     import tensorflow as tf
 
-    return tf.function(function, autograph=False, jit_compile=False, reduce_retracing=True)
+    return tf.function(function, autograph=False, jit_compile=xla, reduce_retracing=not xla)
 
 
 # --- the devices of a run ---------------------------------------------------------------------------------------------
