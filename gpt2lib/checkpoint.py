@@ -5,6 +5,7 @@ A training checkpoint is a folder `step-00000500` with `state.safetensors` (para
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -726,6 +727,16 @@ def pretrained_config(folder) -> ModelConfig:
     if note is None:
         raise CheckpointError(f"{folder} holds no checkpoint that can be read; train it first")
     return ModelConfig.from_dict(note["model"])
+
+
+def fingerprint(model) -> str:
+    """The sha256 of a model's parameters as hex: names, shapes, types and values, whatever layout they came from."""
+    found = hashlib.sha256()
+    for variable in sorted(model.trainable_variables, key=lambda v: v.path):
+        value = np.ascontiguousarray(variable.value)
+        found.update(f"{variable.path} {value.shape} {value.dtype}\n".encode())
+        found.update(value.view(np.uint8).data)
+    return found.hexdigest()
 
 
 def tokenizer_hash(folder) -> str | None:

@@ -4,12 +4,15 @@ The first reads the prompts, the second goes on token by token. What either is c
 temperature, p and the like are arguments. Random numbers come from the host, a stream for each sequence.
 """
 
+import json
 import math
+import os
 import secrets
 import warnings
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from keras import ops
@@ -561,3 +564,53 @@ def stream(model, tokenizer, prompt: str, length, temperature=1.0, top_k=0, top_
             shown = ready
     if len(made):
         yield tokenizer.decode(_new(made, writer.ends))[shown:]
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def read_prompts(path) -> list[str]:
+    """Prompts of a file: of each line of a `.jsonl` file its "prompt"; any other file is one text, without its last
+    line break. ValueError for a line that has none."""
+    path = Path(path)
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".jsonl":
+        return [text.removesuffix("\n")]
+    found = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        try:
+            found.append(json.loads(line)["prompt"])
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f'line {number} of {path} is not a JSON object with a "prompt"; mend or remove it'
+            ) from None
+    return found
+
+
+def write_samples(path, prompts, found, settings: dict, checkpoint: str) -> None:
+    """One JSON object a line for each text: prompt, text, ids, log_probabilities, ended, settings, checkpoint.
+
+    Args:
+        path: of the file; it is whole or not there.
+        prompts: text of the prompt of each of `found`.
+        found: `Continuation`s.
+        settings: what they were sampled with.
+        checkpoint: the hash of the model's parameters, `checkpoint.fingerprint(model)`.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(beside, "w", encoding="utf-8") as file:
+            for prompt, one in zip(prompts, found, strict=True):
+                line = {
+                    "prompt": prompt,
+                    "text": one.text,
+                    **asdict(one),
+                    "settings": settings,
+                    "checkpoint": checkpoint,
+                }
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)

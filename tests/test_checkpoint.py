@@ -20,7 +20,7 @@ from literal import distinctive
 
 from gpt2lib import checkpoint
 from gpt2lib.adafactor import Adafactor
-from gpt2lib.checkpoint import CheckpointError, load_openai, openai_shapes, save_openai
+from gpt2lib.checkpoint import CheckpointError, fingerprint, load_openai, openai_shapes, save_openai
 from gpt2lib.config import SIZES, ConfigError, ModelConfig, TrainConfig
 from gpt2lib.device import places
 from gpt2lib.fetch import FetchError
@@ -576,3 +576,14 @@ def test_the_other_backend_restores_it_bit_for_bit(tmp_path, optimizer):
     for name in counters:
         np.testing.assert_array_equal(theirs.pop(name), ours.pop(name))
     assert_same_bits(theirs, ours)
+
+
+def test_a_fingerprint_is_of_names_and_values():
+    config = ModelConfig(n_vocab=13, n_ctx=5, n_embd=6, n_head=2, n_layer=1)
+    one, same, other = (GPT2(config, seed=seed) for seed in (1, 1, 2))
+    assert fingerprint(one) == fingerprint(same) != fingerprint(other)
+    assert len(fingerprint(one)) == 64
+    low = GPT2(config, seed=1, dtype="bfloat16")
+    assert fingerprint(low) != fingerprint(one)
+    one.wpe.assign(one.wpe + 1)
+    assert fingerprint(one) != fingerprint(same)

@@ -1,5 +1,7 @@
 """Generation: OpenAI's greedy continuation, rows that do not disturb each other, words drawn as often as due."""
 
+import json
+
 import keras
 import numpy as np
 import pytest
@@ -7,10 +9,10 @@ from keras import ops
 from literal import distinctive, gpt2, nll
 
 from gpt2lib import sample
-from gpt2lib.checkpoint import load_openai, save_huggingface
+from gpt2lib.checkpoint import fingerprint, load_openai, save_huggingface
 from gpt2lib.config import ModelConfig
 from gpt2lib.model import GPT2
-from gpt2lib.sample import generate, keep_top_k, keep_top_p, stream
+from gpt2lib.sample import generate, keep_top_k, keep_top_p, read_prompts, stream, write_samples
 from gpt2lib.tokenizer import Tokenizer
 
 CONFIG = ModelConfig(n_vocab=37, n_ctx=41, n_embd=15, n_head=3, n_layer=1)
@@ -454,6 +456,36 @@ def test_transformers_writes_the_same(model, tmp_path, ours, theirs):
         )
         new = generate(model, [prompt], 20, temperature=0, end_of_text=None, **ours)
         assert said[:, len(prompt) :].tolist() == new
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_of_files(tmp_path):
+    (tmp_path / "one.txt").write_text("Two\nlines\n")
+    assert read_prompts(tmp_path / "one.txt") == ["Two\nlines"]
+    (tmp_path / "some.jsonl").write_text('{"prompt": "a\\nb"}\n{"prompt": "", "n": 3}\n')
+    assert read_prompts(tmp_path / "some.jsonl") == ["a\nb", ""]
+    for wrong in ('{"text": "a"}', "a", "[3]"):
+        (tmp_path / "some.jsonl").write_text('{"prompt": "a"}\n' + wrong)
+        with pytest.raises(ValueError, match=r"line 2 of .*some\.jsonl"):
+            read_prompts(tmp_path / "some.jsonl")
+
+
+def test_samples_are_written_whole(alphabet, tmp_path):
+    model, tokenizer = alphabet
+    found = generate(model, [tokenizer.encode("x")], 4, seed=1, samples=2, tokenizer=tokenizer, details=True)
+    path = tmp_path / "folder" / "samples.jsonl"
+    write_samples(path, ["x", "x"], found, {"seed": 1}, fingerprint(model))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines[0] == {
+        "prompt": "x", "text": found[0].text, "ids": found[0].ids, "log_probabilities": found[0].log_probabilities,
+        "ended": found[0].ended, "settings": {"seed": 1}, "checkpoint": fingerprint(model),
+    }  # fmt: skip
+    before = path.read_bytes()
+    with pytest.raises(TypeError):
+        write_samples(path, ["x", "x"], found, {"seed": object()}, "")
+    assert path.read_bytes() == before and len([*path.parent.iterdir()]) == 1
 
 
 # --- one program ------------------------------------------------------------------------------------------------------
