@@ -115,6 +115,19 @@ def _free_memory() -> int | None:
         return None
 
 
+def is_cpu() -> bool:
+    """Whether the backend computes on CPUs."""
+    import keras
+
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.default_backend() == "cpu"
+    import tensorflow as tf
+
+    return not tf.config.list_logical_devices("GPU")
+
+
 def is_tpu() -> bool:
     """Whether the backend computes on TPUs."""
     import keras
@@ -157,6 +170,7 @@ def compiled(model, function, xla: bool = False, donate: tuple = ()):
 
     import tensorflow as tf
 
+    function = functools.partial(function)  # else TensorFlow takes two of one name for one that is traced again
     return tf.function(function, autograph=False, jit_compile=xla, reduce_retracing=not xla)
 
 

@@ -4,6 +4,7 @@ The first reads the prompts, the second goes on token by token. What either is c
 temperature, p and the like are arguments. Random numbers come from the host, a stream for each sequence.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -17,12 +18,13 @@ from pathlib import Path
 import numpy as np
 from keras import ops
 
+from gpt2lib import device
 from gpt2lib.device import compiled
-from gpt2lib.model import fused
+from gpt2lib.model import fused, one_row
 
 _LOWEST = -1e10  # what OpenAI's sample.py gives to words that are out
 _CHUNK = 32  # tokens that the second program makes at most before it comes back
-_SPACE = 128  # caches are rounded up to a multiple of it, so that few programs are compiled
+_SPACE = 64  # caches are rounded up to a multiple of it, so that few programs are compiled
 
 
 # --- which words, and which of them ---------------------------------------------------------------------------------
@@ -175,9 +177,9 @@ def _chosen(logits, made, u, state, knobs, rules):
     return out, (finished, seen, scores, token)
 
 
-def begin(model, rules, space):
+def begin(model, rules, space, turn=False):
     """`f(tokens [B, T], start [B], made, u [R], state, knobs) -> (token [R], log-probability [R], beam [R]), state,
-    cache`, R = B beams, not yet compiled. `space`: positions in the cache."""
+    cache, matrices`, R = B beams, not yet compiled. `space`: positions in the cache; `turn`: see `_turned`."""
 
     def run(tokens, start, made, u, state, knobs):
         h, cache = model.hidden(tokens, model.empty_cache(tokens.shape[0], space), 0, start)
@@ -186,16 +188,17 @@ def begin(model, rules, space):
             logits = ops.repeat(logits, rules.beams, axis=0)
             cache = [tuple(ops.repeat(x, rules.beams, axis=0) for x in layer) for layer in cache]
         out, state = fused(partial(_chosen, rules=rules))(logits, made, u, state, knobs)
-        return out, state, cache
+        return out, state, cache, {w.path: ops.transpose(ops.cast(w, model.compute_dtype)) for w in turned}
 
+    turned = [v for v in model.trainable_variables if v.path.endswith("/w")] if turn else []
     return run
 
 
 def go_on(model, rules, most=_CHUNK):
-    """`f(position, start [R], made, count, u [R, most], state, cache, knobs) -> (tokens [R, most], log-probabilities,
-    beams), state, cache`: `count` tokens more; -1 for rows that are finished. Not yet compiled."""
+    """`f(position, start [R], made, count, u [R, most], state, cache, matrices, knobs) -> (tokens [R, most],
+    log-probabilities, beams), state, cache`: `count` tokens more; -1 for rows that are finished. Not yet compiled."""
 
-    def run(position, start, made, count, u, state, cache, knobs):
+    def run(position, start, made, count, u, state, cache, matrices, knobs):
         rows = start.shape[0]
         same = ops.broadcast_to(ops.arange(rows, dtype="int32")[:, None], (rows, most))
         outs = ops.full((rows, most), -1, "int32"), ops.zeros((rows, most), "float32"), same
@@ -204,8 +207,10 @@ def go_on(model, rules, most=_CHUNK):
             return ops.logical_and(i < count, ops.logical_not(ops.all(state[0])))
 
         def body(i, outs, state, cache):
-            h, cache = model.hidden(state[3][:, None], cache, position + i, start)
-            out, state = _chosen(model.logits(h[:, -1]), made + i, ops.take(u, i, axis=1), state, knobs, rules)
+            with one_row(matrices) if device.is_cpu() else contextlib.nullcontext():
+                h, cache = model.hidden(state[3][:, None], cache, position + i, start)
+                logits = model.logits(h[:, -1])
+            out, state = _chosen(logits, made + i, ops.take(u, i, axis=1), state, knobs, rules)
             if rules.beams > 1:
                 cache = [tuple(ops.take(x, out[2], axis=0) for x in layer) for layer in cache]
             outs = tuple(ops.slice_update(x, (0, i), y[:, None]) for x, y in zip(outs, out, strict=True))
@@ -224,9 +229,9 @@ def program(model, length, space, rules):
 
     def run(tokens, start, u, state, knobs):
         made = ops.convert_to_tensor(1, "int32")
-        out, state, cache = begin(model, rules, space)(tokens, start, made - 1, u[:, 0], state, knobs)
+        out, state, cache, _ = begin(model, rules, space)(tokens, start, made - 1, u[:, 0], state, knobs)
         more = go_on(model, rules, length - 1)
-        outs, *_ = more(tokens.shape[1], start, made, length - 1, u[:, 1:], state, cache, knobs)
+        outs, *_ = more(tokens.shape[1], start, made, length - 1, u[:, 1:], state, cache, {}, knobs)
         return ops.concatenate([out[0][:, None], outs[0]], axis=1)
 
     return run
@@ -303,8 +308,11 @@ class _Writer:
         self.room, self.position = steps, t
         tokens = np.array([[0] * (t - len(c)) + c for c in contexts], np.int32)  # padded on the left: [B, T]
         start = np.array([t - len(c) for c in contexts], np.int32)
-        run = self._compiled(("begin", tokens.shape, space), lambda: begin(self.model, self.rules, space))
-        out, self.state, self.cache = run(
+        run = self._compiled(
+            ("begin", tokens.shape, space),
+            lambda: begin(self.model, self.rules, space, _turned(self.model, width * len(tokens))),
+        )
+        out, self.state, self.cache, self.matrices = run(
             *map(_int32, (tokens, start, self.made)), self._uniform(1, 1)[:, 0], self._state(), self.knobs
         )
         self.start = _int32(np.repeat(start, width))
@@ -318,8 +326,9 @@ class _Writer:
         state = (ops.convert_to_tensor(self.finished), *self.state[1:])
         numbers = map(_int32, (self.made, count))
         outs, self.state, self.cache = run(
-            _int32(self.position), self.start, *numbers, self._uniform(count, _CHUNK), state, self.cache, self.knobs
-        )
+            _int32(self.position), self.start, *numbers, self._uniform(count, _CHUNK), state, self.cache, self.matrices,
+            self.knobs,
+        )  # fmt: skip
         self.position, self.room = self.position + count, self.room - count
         self.finished = np.array(self.state[0])
         return [np.asarray(x)[:, :count] for x in outs]
@@ -346,6 +355,14 @@ class _Writer:
         for row, stream in enumerate(self.streams):
             u[row, :count] = stream.random(count, np.float32)
         return ops.convert_to_tensor(u)
+
+
+def _turned(model, rows) -> bool:
+    """Whether the second program reads kernels the other way round, [nf, nx]: one row in bfloat16 on a CPU.
+
+    So XLA reads them as they are and as fast as memory gives them; as [nx, nf] it would make float32 ones first.
+    """
+    return rows == 1 and model.compute_dtype == "bfloat16" and not model.int8 and device.is_cpu()
 
 
 def _int32(x):
@@ -406,7 +423,7 @@ def generate(
     Returns: for each prompt its new tokens only, without what ended them.
 
     ValueError for settings out of range, in one sentence. Programs are compiled for a number of rows, a length of
-    prompts and of the cache (multiples of 16 and 128), and the kind of sampling; later calls find them.
+    prompts and of the cache (multiples of 16 and 64), and the kind of sampling; later calls find them.
     """
     options = dict(
         temperature=temperature, top_k=top_k, top_p=top_p, end_of_text=end_of_text, crossing=crossing,

@@ -15,7 +15,17 @@ from literal import nll as literal_nll
 from gpt2lib.checkpoint import load_openai
 from gpt2lib.config import SIZES, ConfigError, ModelConfig, TrainConfig
 from gpt2lib.device import compiled, places
-from gpt2lib.model import GPT2, INITS, dropout, initial_values, nll
+from gpt2lib.model import (
+    GPT2,
+    INITS,
+    dropout,
+    eight_bits,
+    initial_values,
+    multiply_eight_bits,
+    nll,
+    one_row,
+    quantized,
+)  # fmt: skip
 from gpt2lib.seed import FixedSeed
 from gpt2lib.step import make_step
 
@@ -378,3 +388,54 @@ def test_values_of_a_part_do_not_depend_on_the_rest():
 def test_an_unknown_initialisation_names_the_nearest():
     with pytest.raises(ConfigError, match=r"`2019-prettybg`.*`2019-prettybig`"):
         GPT2(SIZES["test"], init="2019-prettybg")
+
+
+# --- 8 bits -----------------------------------------------------------------------------------------------------------
+
+
+def rounded(path, shape):
+    """The values that `quantized` keeps of `distinctive`, by another way: each column's, or row of wte's, own grid."""
+    values = distinctive(path, shape)
+    if not path.endswith(("/w", "/wte")):
+        return values
+    axis = 1 if path.endswith("wte") else 0
+    step = np.abs(values).max(axis=axis, keepdims=True) / 127
+    return (np.round(values / step) * step).astype(np.float32)
+
+
+def test_eight_bits_are_near():
+    values = distinctive("model/h0/mlp/c_fc/w", (13, 17))
+    integers, scale = eight_bits(values)
+    assert integers.dtype == np.int8 and (np.abs(integers).max(axis=1) == 127).all()
+    assert (np.abs(integers * scale[:, None] - values) <= scale[:, None] * 0.5001).all()
+    assert (eight_bits(np.zeros((2, 3)))[0] == 0).all()
+
+
+def test_a_model_in_eight_bits_is_the_rounded_one(full):
+    model = quantized(GPT2(CONFIG, init=distinctive))
+    expected = np.asarray(GPT2(CONFIG, init=rounded)(TOKENS))
+    assert {v.dtype for v in model.weights if v.path.endswith(("/w", "wte"))} == {"int8"}
+    np.testing.assert_allclose(np.asarray(model(TOKENS)), expected, atol=2e-4)
+    assert np.abs(expected - np.asarray(full)).max() > 1e-3, "rounding is seen"
+    again = quantized(model.__class__(CONFIG, init=rounded))
+    np.testing.assert_allclose(np.asarray(again(TOKENS)), expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e5])
+def test_one_row_by_sixteen_bits(scale):
+    """Exact but for the rounding of the row, of which the largest entry sets the grid."""
+    random = np.random.default_rng(0)
+    integers, rows = eight_bits(random.normal(size=(301, 257)))
+    x = (random.standard_t(2, size=(1, 257)) * scale).astype(np.float32)  # with a few large entries
+
+    def program(x):
+        with one_row({}):
+            return multiply_eight_bits(x, integers, rows)
+
+    seen = np.asarray(compiled(GPT2(CONFIG), program, xla=True)(ops.convert_to_tensor(x)))
+    expected = x.astype(np.float64) @ (integers * rows[:, None].astype(np.float64)).T
+    grid = np.abs(x).max() / 32512
+    bound = 0.5 * grid * np.abs(integers * rows[:, None]).sum(axis=1) + 1e-6 * np.abs(expected).max()
+    assert (np.abs(seen - expected) <= bound).all() and np.abs(seen - expected).max() > 0
+    several = np.asarray(multiply_eight_bits(ops.convert_to_tensor(np.repeat(x, 3, axis=0)), integers, rows))
+    np.testing.assert_allclose(several, np.repeat(expected, 3, axis=0), rtol=1e-4, atol=1e-4 * np.abs(expected).max())

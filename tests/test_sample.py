@@ -11,7 +11,7 @@ from literal import distinctive, gpt2, nll
 from gpt2lib import sample
 from gpt2lib.checkpoint import fingerprint, load_openai, save_huggingface
 from gpt2lib.config import ModelConfig
-from gpt2lib.model import GPT2
+from gpt2lib.model import GPT2, quantized
 from gpt2lib.sample import generate, keep_top_k, keep_top_p, read_prompts, stream, write_samples
 from gpt2lib.tokenizer import Tokenizer
 
@@ -565,6 +565,34 @@ def test_bad_input_is_one_sentence(model, prompts, options, said):
 
 def test_no_prompts(model):
     assert generate(model, [], 3) == []
+
+
+def test_a_model_in_eight_bits_generates(model):
+    """As a model whose parameters are the rounded ones, alone (integers) and in a batch."""
+    low = quantized(model)
+    p = {v.path: np.asarray(v.value) for v in low.weights}
+    for path in [path for path in p if path + "_scale" in p]:
+        values = p[path].astype(np.float64) * p[path + "_scale"][:, None]
+        p[path] = values if path.endswith("wte") else values.T
+    expected = []
+    for prompt in PROMPTS:
+        ids = list(prompt)
+        for _ in range(9):
+            ids.append(int(gpt2(p, 3, ids)[0][-1].argmax()))
+        expected.append(ids[len(prompt) :])
+    assert generate(low, PROMPTS, 9, 0, end_of_text=None) == expected
+    assert [generate(low, [prompt], 9, 0, end_of_text=None)[0] for prompt in PROMPTS] == expected
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "mixed_bfloat16"])
+def test_one_row_in_bfloat16(model, dtype):
+    """Reads its matrices the other way round: log-probabilities as those of the batch, within the precision."""
+    values = {v.path: np.asarray(v.value) for v in model.trainable_variables}
+    low = GPT2(CONFIG, init=lambda path, shape: values[path], dtype=dtype)
+    alone = generate(low, PROMPTS[:1], 9, 0, end_of_text=None, details=True)[0]
+    batch = generate(low, PROMPTS[:1] * 2, 9, 0, end_of_text=None, details=True)[0]
+    assert alone.ids == batch.ids
+    np.testing.assert_allclose(alone.log_probabilities, batch.log_probabilities, atol=0.05)
 
 
 def test_a_low_precision_model_generates(next_word):
