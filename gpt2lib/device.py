@@ -96,7 +96,7 @@ def _advice(backend: str, version: str, used: str) -> list[str]:
         found.append(
             f"a GPU is here that {backend} {version} does not see: pip install {extra}, then restart the session"
         )
-    free = _free_memory()
+    free = free_memory()
     if free is not None and free < 2e9:
         found.append(f"only {free / 1e9:.1f} GB of memory are free: close other notebooks or take a larger machine")
     return found
@@ -106,7 +106,7 @@ def _exists(pattern: str) -> bool:
     return bool(glob.glob(pattern))
 
 
-def _free_memory() -> int | None:
+def free_memory() -> int | None:
     """Bytes of memory that may still be taken; None where the system does not say."""
     try:
         with open("/proc/meminfo") as file:

@@ -150,20 +150,44 @@ class Norm(_Layer):
         return layer_norm(x, ops.copy(self.g), ops.copy(self.b))
 
 
-_one_row = contextvars.ContextVar("one_row", default=None)
+_one_row = contextvars.ContextVar("one_row", default=(None, {}))
 
 
 @contextlib.contextmanager
-def one_row(turned: dict):
-    """Inside, programs are traced that multiply single rows by matrices, and that XLA compiles for a CPU.
+def one_row(tick, turned: dict):
+    """Inside, the body of a loop is traced that multiplies one row by matrices, on a CPU, compiled by XLA.
 
-    `turned`: path -> the matrix the other way round, [nf, nx], of matrices that are better read so (see `generate`).
+    Such a loop is as fast as memory is read. XLA would convert all matrices to float32 before it begins and then read
+    those, were it not told that they may change with `tick`, a tensor of the loop; and it uses all cores for matrices
+    [nf, nx] only. `turned`: path -> those of kernels, where the caller has them.
     """
-    token = _one_row.set(turned)
+    token = _one_row.set((tick, turned))
     try:
         yield
     finally:
         _one_row.reset(token)
+
+
+def _multiply(x, matrix, scale=None):
+    """x [M, K] times the transpose of a matrix [R, K] of whatever type, by its rows' scale [R] -> [M, R]."""
+    tick, _ = _one_row.get()
+    if tick is not None:
+        x = ops.cast(x, "float32")
+        matrix = matrix if matrix.dtype == "float32" else _changing(ops.convert_to_tensor(matrix), tick)
+    y = ops.matmul(x, ops.transpose(ops.cast(matrix, x.dtype)))
+    y = y if tick is None else _changing(y, tick)
+    return y if scale is None else ops.cast(y, "float32") * ops.cast(scale, "float32")
+
+
+def _changing(x, tick):
+    """x, of which XLA does not know that it is the same whenever `tick` changes."""
+    if keras.backend.backend() == "jax":
+        from jax import lax
+
+        return lax.optimization_barrier((x, tick))[0]
+    from tensorflow.compiler.tf2xla.ops.gen_xla_ops import xla_optimization_barrier
+
+    return xla_optimization_barrier([x, tick])[0]
 
 
 def eight_bits(array):
@@ -171,23 +195,6 @@ def eight_bits(array):
     array = np.asarray(array, np.float32)
     scale = np.maximum(np.abs(array).max(axis=1), 1e-30) / 127
     return np.rint(array / scale[:, None]).astype(np.int8), scale
-
-
-def multiply_eight_bits(x, integers, scale):
-    """x [M, K] times the transpose of a matrix of `eight_bits` -> [M, R] float32.
-
-    A single row is made two rows of integers, together 16 bits, and multiplied without error (see `one_row`).
-    """
-    if _one_row.get() is None or x.shape[0] != 1:
-        y = ops.matmul(x, ops.transpose(ops.cast(integers, x.dtype)))
-        return ops.cast(y, "float32") * ops.cast(scale, "float32")
-    x = ops.cast(x, "float32")
-    unit = ops.maximum(ops.max(ops.abs(x)), 1e-30) / 32512  # 127 * 256
-    x = ops.round(x / unit)
-    high = ops.round(x / 256)
-    parts = (ops.matmul(ops.cast(part, "int8"), ops.transpose(integers)) for part in (high, x - 256 * high))
-    high, low = (ops.cast(part, "float32") for part in parts)  # [1, R], exact: below 2 ** 24
-    return (256 * high + low) * (unit * ops.cast(scale, "float32"))
 
 
 class Conv1D(_Layer):
@@ -212,10 +219,9 @@ class Conv1D(_Layer):
 
     def multiply(self, x):  # [M, nx] -> [M, nf]
         if self.int8:
-            return ops.cast(multiply_eight_bits(x, self.w, self.w_scale), x.dtype)
-        if turned := _one_row.get():
-            return ops.matmul(x, ops.transpose(turned[self.w.path]))
-        return ops.matmul(x, self.w)
+            return ops.cast(_multiply(x, self.w, self.w_scale), x.dtype)
+        turned = _one_row.get()[1].get(self.w.path)
+        return ops.matmul(x, self.w) if turned is None else ops.cast(_multiply(x, turned), x.dtype)
 
 
 class Attention(_Layer):
@@ -377,8 +383,8 @@ class GPT2(keras.Model):
 
     def logits(self, h):
         """[B, T, D] -> [B, T, V] by the transpose of wte, in float32 under every dtype policy."""
-        if self.int8:
-            flat = multiply_eight_bits(ops.reshape(h, (-1, h.shape[-1])), self.wte, self.wte_scale)
+        if self.int8 or _one_row.get()[0] is not None:
+            flat = _multiply(ops.reshape(h, (-1, h.shape[-1])), self.wte, self.wte_scale if self.int8 else None)
             return ops.reshape(flat, (*ops.shape(h)[:-1], self.config.n_vocab))
         return ops.matmul(h, ops.transpose(ops.cast(self.wte, "float32")))
 
@@ -403,7 +409,7 @@ def quantized(model) -> GPT2:
     """The same model with its matrices in 8 bits, a quarter of the memory of float32: for generation and evaluation.
 
     Each column of a kernel and each row of wte has the scale that its largest entry needs; norms, biases and wpe stay
-    as they are. Activations are not rounded (to 16 bits where one row is multiplied on a CPU).
+    as they are, and so do activations.
     """
     values = {v.path: v.value for v in model.trainable_variables}
     return GPT2(model.config, init=lambda path, _: np.asarray(values[path]), dtype=model.dtype_policy, int8=True)

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -30,29 +31,70 @@ _SPACE = 64  # caches are rounded up to a multiple of it, so that few programs a
 # --- which words, and which of them ---------------------------------------------------------------------------------
 
 
-def keep_top_k(logits, k: int):
+def _ordered(logits):
+    """Integers in the order of float32 numbers: the bits, those of negative ones turned."""
+    bits = ops.view(logits, "int32")
+    return ops.where(bits < 0, ops.bitwise_xor(bits, 2**31 - 1), bits)
+
+
+def _largest(enough, rows):
+    """The largest int32 of each row for which `enough` [B, 1] still holds, found bit by bit: [B, 1].
+
+    A sort of the vocabulary takes ten to thirty times as long on a CPU.
+    """
+
+    def body(i, t):
+        more = t + ops.left_shift(ops.ones_like(t), 31 - i)  # the first step wraps from the smallest number to 0
+        return i + 1, ops.where(enough(more), more, t)
+
+    lowest = ops.full((rows, 1), -(2**31), "int32")
+    return ops.while_loop(lambda i, t: i < 32, body, (ops.convert_to_tensor(0, "int32"), lowest))[1]
+
+
+def _mass(weights):
+    """Sums of rows in two steps of about sqrt(V) numbers, which are short and use vector instructions: -> [B, 1]."""
+    return ops.sum(ops.sum(_folded(weights), axis=1), axis=1, keepdims=True)
+
+
+def _folded(weights):
+    """[B, V] -> [B, V / W, W], W about sqrt(V), with zeros behind."""
+    b, v = weights.shape
+    width = math.isqrt(v - 1) + 1
+    return ops.reshape(ops.pad(weights, ((0, 0), (0, -v % width))), (b, -1, width))
+
+
+def keep_top_k(logits, k):
     """[B, V] -> [B, V]: all but the k largest become -1e10; ties with the k-th stay (`top_k_logits`, openai/gpt-2)."""
-    least = ops.top_k(logits, k)[0][:, -1:]
-    return ops.where(logits < least, _LOWEST, logits)
+    keys = _ordered(logits)
+    least = _largest(lambda t: ops.sum(ops.cast(keys >= t, "int32"), axis=1, keepdims=True) >= k, logits.shape[0])
+    return ops.where(keys < least, _LOWEST, logits)
 
 
 def keep_top_p(logits, p, crossing: bool = True):
     """[B, V] -> [B, V]: nucleus sampling; all but the most likely words become -1e10, at least one stays.
 
     Args:
-        p: how much probability they have together.
+        p: how much probability they have together, below 1.
         crossing: keep the word that crosses p, so that they have p or more (Holtzman et al. 2020, arXiv:1904.09751,
             equation 2); False: leave it out, so that they have p at most (`top_p_logits`, openai/gpt-2).
 
     Ties with the last word that is kept stay.
     """
-    falling = -ops.sort(-logits, axis=-1)
-    each = ops.softmax(falling, axis=-1)
-    cumulated = ops.cumsum(each, axis=-1)
-    kept = cumulated - each < p if crossing else cumulated <= p
-    last = ops.maximum(ops.sum(ops.cast(kept, "int32"), axis=-1, keepdims=True) - 1, 0)
-    least = ops.take_along_axis(falling, last, axis=-1)
-    return ops.where(logits < least, _LOWEST, logits)
+    keys, weights = _ordered(logits), ops.exp(logits - ops.max(logits, axis=1, keepdims=True))
+    p = p * _mass(weights)
+
+    def from_(t):
+        return _mass(ops.where(keys >= t, weights, 0.0))
+
+    if crossing:
+        least = _largest(lambda t: from_(t) >= p, logits.shape[0])
+    else:
+        least = _largest(lambda t: from_(t) > p, logits.shape[0])  # where p is crossed
+        above = _mass(ops.where(keys > least, weights, 0.0))
+        one = ops.max(ops.where(keys == least, weights, 0.0), axis=1, keepdims=True)
+        crossed = ops.logical_and(above > 0, above + one > p)
+        least = ops.where(crossed, least + 1, least)
+    return ops.where(keys < least, _LOWEST, logits)
 
 
 def penalise(logits, seen, penalty):
@@ -67,11 +109,8 @@ def draw(logits, u):
     The first word whose cumulated probability is above u, found in two steps of about sqrt(V) each: sums of float32
     stay short.
     """
-    b, v = logits.shape
-    width = math.isqrt(v - 1) + 1
-    weights = ops.exp(logits - ops.max(logits, axis=1, keepdims=True))
-    weights = ops.pad(weights, ((0, 0), (0, -v % width)))
-    weights = ops.reshape(weights, (b, -1, width))  # [B, V / width, width]
+    weights = _folded(ops.exp(logits - ops.max(logits, axis=1, keepdims=True)))  # [B, V / width, width]
+    b, _, width = weights.shape
     sums = ops.sum(weights, axis=2)
     upto = ops.cumsum(sums, axis=1)
     target = u[:, None] * upto[:, -1:]
@@ -97,7 +136,7 @@ class Rules:
     """Of the settings, those that a program is compiled for."""
 
     greedy: bool = False
-    top_k: int = 0
+    top_k: bool = False
     top_p: bool = False
     crossing: bool = True
     penalty: bool = False
@@ -110,19 +149,23 @@ class Knobs:
     """The others, which are arguments."""
 
     temperature: float = 1.0
+    top_k: int = 0
     top_p: float = 1.0
     penalty: float = 1.0
     earliest: int = 0  # so many tokens come before one that ends a text
     ends: np.ndarray | None = None  # [V], whether a word ends a text
 
     def tensors(self):
-        floats = [ops.convert_to_tensor(x, "float32") for x in (self.temperature, self.top_p, self.penalty)]
-        return (*floats, ops.convert_to_tensor(self.earliest, "int32"), ops.convert_to_tensor(self.ends, "bool"))
+        temperature, top_p, penalty = (
+            ops.convert_to_tensor(x, "float32") for x in (self.temperature, self.top_p, self.penalty)
+        )
+        ends = ops.convert_to_tensor(self.ends, "bool")
+        return temperature, _int32(self.top_k), top_p, penalty, _int32(self.earliest), ends
 
 
 def _pick(logits, made, u, seen, rules, knobs):
     """The next token of each row and its log-probability in the model's own softmax: [B, V] -> [B], [B]."""
-    temperature, top_p, penalty, earliest, ends = knobs
+    temperature, top_k, top_p, penalty, earliest, ends = knobs
     x = penalise(logits, seen, penalty) if rules.penalty else logits
     if rules.early:
         x = ops.where(ops.logical_and(ends, made < earliest), _LOWEST, x)
@@ -130,7 +173,7 @@ def _pick(logits, made, u, seen, rules, knobs):
         token = ops.cast(ops.argmax(x, axis=1), "int32")
     else:
         x = x / temperature
-        x = keep_top_k(x, rules.top_k) if rules.top_k else x
+        x = keep_top_k(x, top_k) if rules.top_k else x
         x = keep_top_p(x, top_p, rules.crossing) if rules.top_p else x
         token = draw(x, u)
     own = ops.take_along_axis(logits, token[:, None], axis=1)[:, 0]
@@ -177,9 +220,9 @@ def _chosen(logits, made, u, state, knobs, rules):
     return out, (finished, seen, scores, token)
 
 
-def begin(model, rules, space, turn=False):
+def begin(model, rules, space):
     """`f(tokens [B, T], start [B], made, u [R], state, knobs) -> (token [R], log-probability [R], beam [R]), state,
-    cache, matrices`, R = B beams, not yet compiled. `space`: positions in the cache; `turn`: see `_turned`."""
+    cache`, R = B beams, not yet compiled. `space`: positions in the cache."""
 
     def run(tokens, start, made, u, state, knobs):
         h, cache = model.hidden(tokens, model.empty_cache(tokens.shape[0], space), 0, start)
@@ -188,9 +231,18 @@ def begin(model, rules, space, turn=False):
             logits = ops.repeat(logits, rules.beams, axis=0)
             cache = [tuple(ops.repeat(x, rules.beams, axis=0) for x in layer) for layer in cache]
         out, state = fused(partial(_chosen, rules=rules))(logits, made, u, state, knobs)
-        return out, state, cache, {w.path: ops.transpose(ops.cast(w, model.compute_dtype)) for w in turned}
+        return out, state, cache
 
-    turned = [v for v in model.trainable_variables if v.path.endswith("/w")] if turn else []
+    return run
+
+
+def turn(model):
+    """`f() -> path of each kernel: [nf, nx]`, in the precision of the computation; see `model.one_row`."""
+
+    def run():
+        kernels = [v for v in model.trainable_variables if v.path.endswith("/w")]
+        return {v.path: ops.transpose(ops.cast(v, model.compute_dtype)) for v in kernels}
+
     return run
 
 
@@ -200,6 +252,7 @@ def go_on(model, rules, most=_CHUNK):
 
     def run(position, start, made, count, u, state, cache, matrices, knobs):
         rows = start.shape[0]
+        fast = matrices or (model.int8 and rows == 1 and device.is_cpu())
         same = ops.broadcast_to(ops.arange(rows, dtype="int32")[:, None], (rows, most))
         outs = ops.full((rows, most), -1, "int32"), ops.zeros((rows, most), "float32"), same
 
@@ -207,7 +260,7 @@ def go_on(model, rules, most=_CHUNK):
             return ops.logical_and(i < count, ops.logical_not(ops.all(state[0])))
 
         def body(i, outs, state, cache):
-            with one_row(matrices) if device.is_cpu() else contextlib.nullcontext():
+            with one_row(i, matrices) if fast else contextlib.nullcontext():
                 h, cache = model.hidden(state[3][:, None], cache, position + i, start)
                 logits = model.logits(h[:, -1])
             out, state = _chosen(logits, made + i, ops.take(u, i, axis=1), state, knobs, rules)
@@ -229,7 +282,7 @@ def program(model, length, space, rules):
 
     def run(tokens, start, u, state, knobs):
         made = ops.convert_to_tensor(1, "int32")
-        out, state, cache, _ = begin(model, rules, space)(tokens, start, made - 1, u[:, 0], state, knobs)
+        out, state, cache = begin(model, rules, space)(tokens, start, made - 1, u[:, 0], state, knobs)
         more = go_on(model, rules, length - 1)
         outs, *_ = more(tokens.shape[1], start, made, length - 1, u[:, 1:], state, cache, {}, knobs)
         return ops.concatenate([out[0][:, None], outs[0]], axis=1)
@@ -268,7 +321,7 @@ class _Writer:
         self.overlap = overlap
         self.windows = [max(0, len(p) - model.config.n_ctx) for p in prompts]  # where each row's context begins
         self.finished = np.zeros(len(prompts), bool)
-        self.cache, self.streams = None, []
+        self.cache, self.matrices, self.streams = None, {}, []
         if not rules.greedy:
             times = Counter()
             for p in map(tuple, prompts):  # a stream for each, which no other row changes
@@ -304,24 +357,23 @@ class _Writer:
         longest = max(map(len, contexts))
         t = -(-longest // self.multiple) * self.multiple
         steps = min(self.length - self.made - 1, n_ctx - longest)
-        space = -(-(t + steps) // _SPACE) * _SPACE
+        space = cache_length(t, steps + 1)
         self.room, self.position = steps, t
         tokens = np.array([[0] * (t - len(c)) + c for c in contexts], np.int32)  # padded on the left: [B, T]
         start = np.array([t - len(c) for c in contexts], np.int32)
-        run = self._compiled(
-            ("begin", tokens.shape, space),
-            lambda: begin(self.model, self.rules, space, _turned(self.model, width * len(tokens))),
-        )
-        out, self.state, self.cache, self.matrices = run(
+        run = self._compiled(("begin", tokens.shape, space), lambda: begin(self.model, self.rules, space))
+        out, self.state, self.cache = run(
             *map(_int32, (tokens, start, self.made)), self._uniform(1, 1)[:, 0], self._state(), self.knobs
         )
         self.start = _int32(np.repeat(start, width))
         self.finished = np.array(self.state[0])
+        if not self.matrices and width * len(tokens) == 1 and self.length - self.made > _CHUNK and _room(self.model):
+            self.matrices = self._compiled(("turn",), lambda: turn(self.model))()
         return [np.asarray(x)[:, None] for x in out]
 
     def _go_on(self, count):
         space = self.cache[0][0].shape[2]
-        key = ("go on", len(self.finished), space)
+        key = ("go on", len(self.finished), space, bool(self.matrices))
         run = self._compiled(key, lambda: go_on(self.model, self.rules), xla=True, donate=(6,))
         state = (ops.convert_to_tensor(self.finished), *self.state[1:])
         numbers = map(_int32, (self.made, count))
@@ -357,12 +409,20 @@ class _Writer:
         return ops.convert_to_tensor(u)
 
 
-def _turned(model, rows) -> bool:
-    """Whether the second program reads kernels the other way round, [nf, nx]: one row in bfloat16 on a CPU.
+def cache_length(prompt, length) -> int:
+    """Positions in the cache for a prompt and `length` new tokens, of which the last one is not read."""
+    return -(-(prompt + length - 1) // _SPACE) * _SPACE
 
-    So XLA reads them as they are and as fast as memory gives them; as [nx, nf] it would make float32 ones first.
-    """
-    return rows == 1 and model.compute_dtype == "bfloat16" and not model.int8 and device.is_cpu()
+
+def _room(model) -> bool:
+    """Whether kernels the other way round are of use, and the memory has room for them twice."""
+    if model.int8 or not device.is_cpu():
+        return False
+    if keras.backend.backend() == "jax" and model.compute_dtype == "float32":
+        return False  # its XLA uses all cores for either
+    size = sum(math.prod(v.shape) for v in model.trainable_variables if v.path.endswith("/w"))
+    free = device.free_memory()
+    return free is None or 2 * 4 * size < free
 
 
 def _int32(x):
@@ -500,12 +560,12 @@ def _writer(
                 "; beams do not go beyond it: shorten the prompt or the length"
             )
     rules = Rules(
-        greedy=temperature == 0, top_k=top_k, top_p=top_p < 1, crossing=crossing, penalty=repetition_penalty != 1,
+        greedy=temperature == 0, top_k=top_k > 0, top_p=top_p < 1, crossing=crossing, penalty=repetition_penalty != 1,
         early=min_length > 0, beams=beams,
     )  # fmt: skip
     ending = np.zeros(c.n_vocab, bool)
     ending[list(ends)] = True
-    knobs = Knobs(temperature or 1.0, top_p, repetition_penalty, min_length, ending)
+    knobs = Knobs(temperature or 1.0, top_k, top_p, repetition_penalty, min_length, ending)
     seed = secrets.randbits(63) if seed is None else seed
     return _Writer(model, prompts, length, rules, knobs, seed, overlap, multiple)
 

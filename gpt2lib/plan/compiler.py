@@ -87,7 +87,7 @@ def trace(program, config, mesh, sample=None):
     if program == "evaluate":
         return programs.losses.trace(values, frozen, windows)
     prompt, length = sample
-    rules, b, real = Rules(top_k=40), config.batch_size, ShapeDtypeStruct((), "float32")
+    rules, b, real = Rules(top_k=True), config.batch_size, ShapeDtypeStruct((), "float32")
     run = sampling(model, length, prompt + length, rules)
     rows, everywhere = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
     run = jax.jit(
@@ -96,7 +96,7 @@ def trace(program, config, mesh, sample=None):
     tokens, start = ShapeDtypeStruct((b, prompt), "int32"), ShapeDtypeStruct((b,), "int32")
     flags, scores = ShapeDtypeStruct((b,), "bool"), ShapeDtypeStruct((b,), "float32")
     state = (flags, ShapeDtypeStruct((b, 1), "bool"), scores, start)
-    knobs = (real, real, real, number, ShapeDtypeStruct((shape.n_vocab,), "bool"))
+    knobs = (real, number, real, real, number, ShapeDtypeStruct((shape.n_vocab,), "bool"))
     return run.trace(shapes(model.variables), tokens, start, ShapeDtypeStruct((b, length), "float32"), state, knobs)
 
 
