@@ -1,10 +1,12 @@
-"""How fast training is, beside Hugging Face's GPT-2 in PyTorch: each contender in a process of its own, taking turns.
+"""How fast training, evaluation and generation are, beside Hugging Face's GPT-2 in PyTorch.
 
-Worker processes answer on their standard output, one JSON object a line, and wait while another one works. So both see
-the same machine in the same minutes, and medians of their turns may be divided by each other.
+Each contender is a process of its own that answers on its standard output, one JSON object a line, and waits while
+another one works. So all see the same machine in the same minutes, and medians of their turns may be divided by each
+other.
 """
 
 import json
+import math
 import os
 import re
 import resource
@@ -12,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -181,6 +184,68 @@ def evaluate_huggingface(shape, batch_size, dtype, steps=2):
         command = yield {"seconds": [_timed(step) for _ in range(steps)]}
 
 
+def generate_ours(shape, batch_size, dtype, prompt=16, length=128, int8=False):
+    """Seconds of greedy texts of `length` tokens; at the start those of the first tokens, which compile, and again.
+
+    Also the bytes of parameters and cache that are read for each token.
+    """
+    from gpt2lib import device
+
+    described = device.setup()
+    from gpt2lib.config import ModelConfig
+    from gpt2lib.model import GPT2, quantized
+    from gpt2lib.sample import cache_length, generate
+
+    shape, random = ModelConfig.from_dict(shape), np.random.default_rng(0)
+    model = GPT2(shape, dtype=dtype)
+    model = quantized(model) if int8 else model
+    prompts = random.integers(0, shape.n_vocab, (batch_size, prompt)).tolist()
+
+    def step(length=length):
+        generate(model, prompts, length, temperature=0, end_of_text=None)
+
+    new = _timed(lambda: step(2))  # both programs, for a cache of another length
+    again = _timed(lambda: step(2))
+    step()
+    matrices = sum(math.prod(v.shape) for v in model.weights if v.path.endswith("/w"))
+    each = 1 if int8 else 2 if "bfloat16" in dtype else 4
+    cached = 2 * shape.n_layer * shape.n_embd * batch_size * cache_length(prompt, length)
+    read = each * matrices + (1 if int8 else 4) * shape.n_vocab * shape.n_embd  # logits are float32
+    read += cached * (2 if "bfloat16" in dtype else 4)
+    command = yield {"new_seconds": new, "again_seconds": again, "read_bytes": read, "device": described}
+    while command == "turn":
+        command = yield {"seconds": [_timed(step)]}
+
+
+def generate_huggingface(shape, batch_size, dtype, prompt=16, length=128):
+    """Seconds of transformers' greedy `generate`, all of it in `dtype`."""
+    import torch
+
+    model = _huggingface(shape).eval().to(getattr(torch, dtype))
+    tokens = torch.randint(0, shape["n_vocab"], (batch_size, prompt))
+
+    def step():
+        with torch.inference_mode():
+            options = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
+            model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=length, **options)
+
+    step()
+    command = yield {"device": f"torch {torch.__version__}"}
+    while command == "turn":
+        command = yield {"seconds": [_timed(step)]}
+
+
+def reading(size=2**29, times=5):
+    """The machine's rate of memory reads in bytes/s: NumPy's dot products, by as many threads as there are cores."""
+    n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    arrays = [np.ones(size // 4, np.float32) for _ in range(n)]
+    command = yield {}
+    with ThreadPoolExecutor(n) as threads:
+        while command == "turn":
+            seconds = [_timed(lambda: list(threads.map(np.vdot, arrays, arrays))) for _ in range(times)]
+            command = yield {"bytes_per_second": n * size / float(np.median(seconds))}
+
+
 def _huggingface(shape):
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -275,7 +340,13 @@ def _age() -> float:
     return time.time() - psutil.Process().create_time()
 
 
-WORKERS = {f.__name__: f for f in (train_ours, train_huggingface, evaluate_ours, evaluate_huggingface, machine, data)}
+WORKERS = {
+    f.__name__: f
+    for f in (
+        train_ours, train_huggingface, evaluate_ours, evaluate_huggingface, generate_ours, generate_huggingface,
+        machine, reading, data,
+    )
+}  # fmt: skip
 
 
 def _work(kind, **options):

@@ -5,6 +5,7 @@ A training checkpoint is a folder `step-00000500` with `state.safetensors` (para
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -316,6 +317,7 @@ def save_openai(model, folder) -> None:
     succeeds, and the other files of its folder stay in any case. A folder that holds something else is refused.
     """
     tf = _tensorflow("write OpenAI's TF1 layout")
+    _check_whole(model)
     folder = Path(folder)
     others = [path for path in folder.iterdir() if not path.name.startswith("model.ckpt")] if folder.exists() else []
     if (others and not (folder / "hparams.json").is_file()) or any(path.is_dir() for path in others):
@@ -344,6 +346,11 @@ def save_openai(model, folder) -> None:
     except (OSError, tf.errors.OpError) as error:
         shutil.rmtree(part, ignore_errors=True)
         raise CheckpointError(f"could not write {folder}: {error}; what was there before is unchanged") from error
+
+
+def _check_whole(model) -> None:
+    if model.int8:
+        raise CheckpointError("this model's matrices are rounded to 8 bits; save the one that it was made from")
 
 
 def _read_tensors(folder, config) -> dict:
@@ -568,6 +575,7 @@ def save_huggingface(model, folder, tokenizer: Tokenizer | None = None) -> None:
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
+    _check_whole(model)
     folder, config = Path(folder), model.config
     if tokenizer is not None and tokenizer.n_vocab > config.n_vocab:
         raise CheckpointError(
@@ -726,6 +734,16 @@ def pretrained_config(folder) -> ModelConfig:
     if note is None:
         raise CheckpointError(f"{folder} holds no checkpoint that can be read; train it first")
     return ModelConfig.from_dict(note["model"])
+
+
+def fingerprint(model) -> str:
+    """The sha256 of a model's parameters as hex: names, shapes, types and values, whatever layout they came from."""
+    found = hashlib.sha256()
+    for variable in sorted(model.weights, key=lambda v: v.path):
+        value = np.ascontiguousarray(variable.value)
+        found.update(f"{variable.path} {value.shape} {value.dtype}\n".encode())
+        found.update(value.view(np.uint8).data)
+    return found.hexdigest()
 
 
 def tokenizer_hash(folder) -> str | None:

@@ -96,7 +96,7 @@ def _advice(backend: str, version: str, used: str) -> list[str]:
         found.append(
             f"a GPU is here that {backend} {version} does not see: pip install {extra}, then restart the session"
         )
-    free = _free_memory()
+    free = free_memory()
     if free is not None and free < 2e9:
         found.append(f"only {free / 1e9:.1f} GB of memory are free: close other notebooks or take a larger machine")
     return found
@@ -106,13 +106,26 @@ def _exists(pattern: str) -> bool:
     return bool(glob.glob(pattern))
 
 
-def _free_memory() -> int | None:
+def free_memory() -> int | None:
     """Bytes of memory that may still be taken; None where the system does not say."""
     try:
         with open("/proc/meminfo") as file:
             return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return None
+
+
+def is_cpu() -> bool:
+    """Whether the backend computes on CPUs."""
+    import keras
+
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.default_backend() == "cpu"
+    import tensorflow as tf
+
+    return not tf.config.list_logical_devices("GPU")
 
 
 def is_tpu() -> bool:
@@ -140,19 +153,25 @@ def functional(model, function):
     return run
 
 
-def compiled(model, function):
-    """`function(*tensors)` compiled, reading the variables of `model` as they are at each call."""
+def compiled(model, function, xla: bool = False, donate: tuple = ()):
+    """`function(*tensors)` compiled, reading the variables of `model` as they are at each call.
+
+    Args:
+        xla: by XLA in TensorFlow as well, which is better at loops; its own operations are better at large products.
+        donate: numbers of the arguments whose memory may be used for the result, after which they are gone (JAX).
+    """
     import keras
 
     if keras.backend.backend() == "jax":
         import jax
 
-        run = jax.jit(functional(model, function))
+        run = jax.jit(functional(model, function), donate_argnums=tuple(n + 1 for n in donate))
         return lambda *args: run([v.value for v in model.variables], *args)
 
     import tensorflow as tf
 
-    return tf.function(function, autograph=False, jit_compile=False, reduce_retracing=True)
+    function = functools.partial(function)  # else TensorFlow takes two of one name for one that is traced again
+    return tf.function(function, autograph=False, jit_compile=xla, reduce_retracing=not xla)
 
 
 # --- the devices of a run ---------------------------------------------------------------------------------------------

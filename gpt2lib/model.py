@@ -4,6 +4,8 @@ Follows `src/model.py` of openai/gpt-2 (Radford et al. 2019, section 2.3); a var
 Shapes: B batch, T query position, S key position, D n_embd, N heads, H = D / N, F = 4 * D, V vocabulary, L layer.
 """
 
+import contextlib
+import contextvars
 import math
 import zlib
 
@@ -112,22 +114,33 @@ def _drop(x, rate, key, first):
 class _Layer(keras.layers.Layer):
     """A layer with what all layers of one model share: `values(path, shape)` gives first values."""
 
-    def __init__(self, name, config, values, dtype):
+    def __init__(self, name, config, values, dtype, int8=False):
         super().__init__(name=name, dtype=dtype)
-        self.config, self.values = config, values
+        self.config, self.values, self.int8 = config, values, int8
 
     def child(self, kind, name, *args):
-        return kind(name, self.config, self.values, self.dtype_policy, *args)
+        return kind(name, self.config, self.values, self.dtype_policy, self.int8, *args)
 
     def weight(self, name, shape, **kwargs):
+        return self.fixed(name, self.values(f"{self.path}/{name}", shape), **kwargs)
+
+    def fixed(self, name, array, **kwargs):
+        return self.add_weight(
+            array.shape, lambda shape, dtype: ops.convert_to_tensor(array, dtype), name=name, **kwargs
+        )
+
+    def eights(self, name, shape, by_column=False):
+        """A matrix as 8-bit integers [R, K] and a scale for each row [R]; `by_column`: of the transposed matrix."""
         array = self.values(f"{self.path}/{name}", shape)
-        return self.add_weight(shape, lambda shape, dtype: ops.convert_to_tensor(array, dtype), name=name, **kwargs)
+        integers, scale = eight_bits(array.T if by_column else array)
+        fixed = dict(trainable=False, autocast=False)
+        return self.fixed(name, integers, dtype="int8", **fixed), self.fixed(f"{name}_scale", scale, **fixed)
 
 
 class Norm(_Layer):
     """Layer normalisation over the last axis, epsilon 1e-5, always in float32: [..., D] -> [..., D]."""
 
-    def __init__(self, name, config, values, dtype):
+    def __init__(self, name, config, values, dtype, int8=False):
         super().__init__(name, config, values, "float32")
 
     def build(self, shape):
@@ -137,21 +150,78 @@ class Norm(_Layer):
         return layer_norm(x, ops.copy(self.g), ops.copy(self.b))
 
 
-class Conv1D(_Layer):
-    """OpenAI's name for a linear map: [..., nx] -> [..., nf], kernel `w` [nx, nf]."""
+_one_row = contextvars.ContextVar("one_row", default=(None, {}))
 
-    def __init__(self, name, config, values, dtype, nf):
-        super().__init__(name, config, values, dtype)
+
+@contextlib.contextmanager
+def one_row(tick, turned: dict):
+    """Inside, the body of a loop is traced that multiplies one row by matrices, on a CPU, compiled by XLA.
+
+    Such a loop is as fast as memory is read. XLA would convert all matrices to float32 before it begins and then read
+    those, were it not told that they may change with `tick`, a tensor of the loop; and it uses all cores for matrices
+    [nf, nx] only. `turned`: path -> those of kernels, where the caller has them.
+    """
+    token = _one_row.set((tick, turned))
+    try:
+        yield
+    finally:
+        _one_row.reset(token)
+
+
+def _multiply(x, matrix, scale=None):
+    """x [M, K] times the transpose of a matrix [R, K] of whatever type, by its rows' scale [R] -> [M, R]."""
+    tick, _ = _one_row.get()
+    if tick is not None:
+        x = ops.cast(x, "float32")
+        matrix = matrix if matrix.dtype == "float32" else _changing(ops.convert_to_tensor(matrix), tick)
+    y = ops.matmul(x, ops.transpose(ops.cast(matrix, x.dtype)))
+    y = y if tick is None else _changing(y, tick)
+    return y if scale is None else ops.cast(y, "float32") * ops.cast(scale, "float32")
+
+
+def _changing(x, tick):
+    """x, of which XLA does not know that it is the same whenever `tick` changes."""
+    if keras.backend.backend() == "jax":
+        from jax import lax
+
+        return lax.optimization_barrier((x, tick))[0]
+    from tensorflow.compiler.tf2xla.ops.gen_xla_ops import xla_optimization_barrier
+
+    return xla_optimization_barrier([x, tick])[0]
+
+
+def eight_bits(array):
+    """Integers in -127..127 [R, K] and a scale for each row [R], the product of which is near a matrix [R, K]."""
+    array = np.asarray(array, np.float32)
+    scale = np.maximum(np.abs(array).max(axis=1), 1e-30) / 127
+    return np.rint(array / scale[:, None]).astype(np.int8), scale
+
+
+class Conv1D(_Layer):
+    """OpenAI's name for a linear map: [..., nx] -> [..., nf], kernel `w` [nx, nf]; with 8 bits [nf, nx] and a scale."""
+
+    def __init__(self, name, config, values, dtype, int8, nf):
+        super().__init__(name, config, values, dtype, int8)
         self.nf = nf
 
     def build(self, shape):
-        self.w, self.b = self.weight("w", (shape[-1], self.nf)), self.weight("b", (self.nf,))
+        if self.int8:
+            self.w, self.w_scale = self.eights("w", (shape[-1], self.nf), by_column=True)
+        else:
+            self.w = self.weight("w", (shape[-1], self.nf))
+        self.b = self.weight("b", (self.nf,))
 
     def call(self, x):
-        y, b = ops.matmul(ops.reshape(x, (-1, x.shape[-1])), self.w), self.b  # TensorFlow fuses matrix and vector
+        y, b = self.multiply(ops.reshape(x, (-1, x.shape[-1]))), self.b  # TensorFlow fuses matrix and vector
         if keras.backend.backend() == "jax":  # so that XLA sums the gradient of b in float32 under every policy
             b = ops.cast(ops.broadcast_to(ops.cast(b, "float32"), ops.shape(y)), y.dtype)
         return ops.reshape(y + b, (*ops.shape(x)[:-1], self.nf))
+
+    def multiply(self, x):  # [M, nx] -> [M, nf]
+        if self.int8:
+            return ops.cast(_multiply(x, self.w, self.w_scale), x.dtype)
+        turned = _one_row.get()[1].get(self.w.path)
+        return ops.matmul(x, self.w) if turned is None else ops.cast(_multiply(x, turned), x.dtype)
 
 
 class Attention(_Layer):
@@ -235,14 +305,16 @@ class GPT2(keras.Model):
         dtype: a Keras dtype policy; norms, softmax and logits stay float32. With `mixed_bfloat16` all parameters do
             too, with `bfloat16` only those of the norms.
         remat: in training, keep only the inputs of the blocks and compute the blocks again for their gradients.
+        int8: hold the matrices as 8-bit integers with a scale for each column (each row of wte): for generation and
+            evaluation, see `quantized`.
     """
 
-    def __init__(self, config, init="gpt2", seed=0, dtype=None, remat=False, name="model"):
+    def __init__(self, config, init="gpt2", seed=0, dtype=None, remat=False, int8=False, name="model"):
         super().__init__(name=name, dtype=dtype)
-        self.config, self.remat = config, remat
+        self.config, self.remat, self.int8 = config, remat, int8
         self.source = init if callable(init) else initial_values(config, init, seed)
         self.dropout_seed = keras.random.SeedGenerator(seed, name="dropout")  # where a call gives no seed of its own
-        shared = (config, self.values, self.dtype_policy)
+        shared = (config, self.values, self.dtype_policy, int8)
         self.blocks = [Block(f"h{i}", *shared) for i in range(config.n_layer)]
         self.ln_f = Norm("ln_f", *shared)
         self.build((None, None))
@@ -252,7 +324,10 @@ class GPT2(keras.Model):
         c = self.config
         # no autocast: their sum and the logits are made in float32
         self.wpe = self.embedding("wpe", (c.n_ctx, c.n_embd), autocast=False)
-        self.wte = self.embedding("wte", (c.n_vocab, c.n_embd), autocast=False)
+        if self.int8:
+            self.wte, self.wte_scale = self.eights("wte", (c.n_vocab, c.n_embd))
+        else:
+            self.wte = self.embedding("wte", (c.n_vocab, c.n_embd), autocast=False)
         for layer in (*self.blocks, self.ln_f):
             layer.build((None, None, c.n_embd))
         self.built = True
@@ -261,7 +336,7 @@ class GPT2(keras.Model):
         """The first value of a variable, of whatever layer."""
         return self.source(path, shape)
 
-    embedding = _Layer.weight
+    embedding, fixed, eights = _Layer.weight, _Layer.fixed, _Layer.eights
 
     def empty_cache(self, batch, length):
         """A cache for `length` positions: for each layer the keys and values, 2 x [B, N, S, H] of zeros."""
@@ -287,7 +362,7 @@ class GPT2(keras.Model):
         if training and seed is None:
             seed = FixedSeed(*ops.unstack(self.dropout_seed.next()))
         bias = ops.where(visible, 0.0, -1e10)  # of the scores: [T, S] or [B, 1, T, S]
-        x = (look_up(self.wte, tokens) if rows is None else rows) + look_up(self.wpe, where)
+        x = (self.embed(tokens) if rows is None else rows) + look_up(self.wpe, where)
         x = dropout(ops.cast(x, self.compute_dtype), self.config.embd_pdrop, seed)  # [B, T, D]
         tpu = past is None and start is None and attention.usable(t, self.config)
         present = []
@@ -300,8 +375,17 @@ class GPT2(keras.Model):
                 present.append(layer_present)
         return self.ln_f(x), present
 
+    def embed(self, tokens):
+        """The rows of wte of some tokens: [B, T] -> [B, T, D]."""
+        if not self.int8:
+            return look_up(self.wte, tokens)
+        return ops.cast(ops.take(self.wte, tokens, axis=0), "float32") * ops.take(self.wte_scale, tokens)[..., None]
+
     def logits(self, h):
         """[B, T, D] -> [B, T, V] by the transpose of wte, in float32 under every dtype policy."""
+        if self.int8 or _one_row.get()[0] is not None:
+            flat = _multiply(ops.reshape(h, (-1, h.shape[-1])), self.wte, self.wte_scale if self.int8 else None)
+            return ops.reshape(flat, (*ops.shape(h)[:-1], self.config.n_vocab))
         return ops.matmul(h, ops.transpose(ops.cast(self.wte, "float32")))
 
     def call(self, tokens, past=None, position=0, start=None, training=False, seed=None):
@@ -319,6 +403,16 @@ class GPT2(keras.Model):
         """
         h, present = self.hidden(tokens, past, position, start, training, seed)
         return self.logits(h) if past is None else (self.logits(h), present)
+
+
+def quantized(model) -> GPT2:
+    """The same model with its matrices in 8 bits, a quarter of the memory of float32: for generation and evaluation.
+
+    Each column of a kernel and each row of wte has the scale that its largest entry needs; norms, biases and wpe stay
+    as they are, and so do activations.
+    """
+    values = {v.path: v.value for v in model.trainable_variables}
+    return GPT2(model.config, init=lambda path, _: np.asarray(values[path]), dtype=model.dtype_policy, int8=True)
 
 
 @fused

@@ -224,6 +224,60 @@ def save_figure(figure, stem: str | None, name: str = "") -> Path | None:
     return relative
 
 
+def token_figure(texts: dict, label: str, limit: float, columns: int = 96, lines: int = 14):
+    """Texts whose tokens are coloured by a value of each, from white at 0 to red at `limit`: a figure.
+
+    Args:
+        texts: title -> (strings of the tokens, a value for each).
+        label: what the values are, with their unit.
+        columns, lines: of each text at most; the rest is not shown, and "[...]" says so.
+    """
+    import matplotlib.pyplot as plt  # here, so that whoever only records does not start it
+
+    inch, size = 0.602 * 10 / 72, 10  # what a character of 10 points is wide
+    colours = matplotlib.colormaps["Reds"]
+    drawn = {title: _wrapped(*text, columns, lines) for title, text in texts.items()}
+    heights = [max((line for line, *_ in cells), default=0) + 3 for cells in drawn.values()]
+    figure = plt.figure(figsize=((columns + 2) * inch, sum(heights) * 0.2 + 0.7))
+    bottom, top = 0.7 / figure.get_figheight(), 1.0
+    for height, (title, cells) in zip(heights, drawn.items(), strict=True):
+        part = height * 0.2 / figure.get_figheight()
+        axes = figure.add_axes((0, top - part, 1, part), xlim=(-1, columns + 1), ylim=(height - 1, -1))
+        axes.axis("off")
+        top -= part
+        axes.text(0, -0.3, title, family="monospace", size=size, weight="bold", va="center", parse_math=False)
+        for line, column, text, value in cells:
+            share = min(max(value, 0) / limit, 1)
+            axes.add_patch(plt.Rectangle((column, line + 0.5), len(text), 1, color=colours(0.8 * share), lw=0))
+            style = dict(family="monospace", size=size, va="center", parse_math=False)
+            axes.text(column, line + 1, text, color="white" if share > 0.75 else "black", **style)
+    bar = figure.add_axes((0.3, 0.55 * bottom, 0.4, 0.2 * bottom))
+    shades = matplotlib.colors.ListedColormap([colours(0.8 * i / 255) for i in range(256)])
+    norm = matplotlib.colors.Normalize(0, limit)
+    figure.colorbar(matplotlib.cm.ScalarMappable(norm, shades), bar, orientation="horizontal", label=label)
+    return figure
+
+
+def _wrapped(tokens, values, columns, lines) -> list[tuple]:
+    """(line, column, text, value) of pieces of tokens, broken after so many columns and where the text breaks."""
+    cells, line, column = [], 0, 0
+    for token, value in zip(tokens, values, strict=True):
+        for i, part in enumerate(token.replace("\t", "    ").split("\n")):
+            if i:
+                cells.append((line, column, "↵", value))
+                line, column = line + 1, 0
+            while part:
+                if column + len(part) > columns and column:  # a token that does not fit begins a line
+                    line, column = line + 1, 0
+                cells.append((line, column, part[:columns], value))
+                column += len(part[:columns])
+                part = part[columns:]
+        if line >= lines:
+            cells = [cell for cell in cells if cell[0] < lines]
+            return [*cells, (lines, 0, "[...]", 0.0)]
+    return cells
+
+
 def _render(figure, kind: str, options: dict) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind, bbox_inches="tight", **options)

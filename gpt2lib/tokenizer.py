@@ -147,6 +147,19 @@ class Tokenizer:
             raise TokenizerError(f"the id {wrong} is not in this vocabulary of {self.n_vocab} entries")
         return self._bpe.decode(ids, errors="replace")
 
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        """The text that each id adds; of a character of several tokens the last one has it, the others have none."""
+        pieces, waiting = [], []
+        for token in ids:
+            waiting.append(int(token))
+            text = self.decode(waiting)
+            whole = not text.endswith("\ufffd") or len(waiting) == 4  # no character has more bytes
+            pieces.append(text if whole else "")
+            waiting = [] if whole else waiting
+        if waiting:
+            pieces[-1] = self.decode(waiting)
+        return pieces
+
     @functools.cached_property
     def byte_lengths(self) -> np.ndarray:
         """UTF-8 bytes that each id stands for, [n_vocab] int64; the end of text stands for none."""

@@ -20,11 +20,11 @@ from literal import distinctive
 
 from gpt2lib import checkpoint
 from gpt2lib.adafactor import Adafactor
-from gpt2lib.checkpoint import CheckpointError, load_openai, openai_shapes, save_openai
+from gpt2lib.checkpoint import CheckpointError, fingerprint, load_openai, openai_shapes, save_openai
 from gpt2lib.config import SIZES, ConfigError, ModelConfig, TrainConfig
 from gpt2lib.device import places
 from gpt2lib.fetch import FetchError
-from gpt2lib.model import GPT2
+from gpt2lib.model import GPT2, quantized
 from gpt2lib.step import make_step
 
 DATA = "model.ckpt.data-00000-of-00001"
@@ -576,3 +576,24 @@ def test_the_other_backend_restores_it_bit_for_bit(tmp_path, optimizer):
     for name in counters:
         np.testing.assert_array_equal(theirs.pop(name), ours.pop(name))
     assert_same_bits(theirs, ours)
+
+
+def test_a_fingerprint_is_of_names_and_values():
+    config = ModelConfig(n_vocab=13, n_ctx=5, n_embd=6, n_head=2, n_layer=1)
+    one, same, other = (GPT2(config, seed=seed) for seed in (1, 1, 2))
+    assert fingerprint(one) == fingerprint(same) != fingerprint(other)
+    assert len(fingerprint(one)) == 64
+    low = GPT2(config, seed=1, dtype="bfloat16")
+    assert fingerprint(low) != fingerprint(one)
+    one.wpe.assign(one.wpe + 1)
+    assert fingerprint(one) != fingerprint(same)
+
+
+@pytest.mark.parametrize("save", [save_openai, checkpoint.save_huggingface])
+def test_a_model_in_eight_bits_is_not_saved(tmp_path, save):
+    if save is save_openai:
+        pytest.importorskip("tensorflow")
+    model = quantized(GPT2(ModelConfig(n_vocab=13, n_ctx=5, n_embd=6, n_head=2, n_layer=1)))
+    with pytest.raises(CheckpointError, match="8 bits"):
+        save(model, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists() and fingerprint(model) == fingerprint(quantized(GPT2(model.config)))

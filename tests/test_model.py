@@ -15,7 +15,16 @@ from literal import nll as literal_nll
 from gpt2lib.checkpoint import load_openai
 from gpt2lib.config import SIZES, ConfigError, ModelConfig, TrainConfig
 from gpt2lib.device import compiled, places
-from gpt2lib.model import GPT2, INITS, dropout, initial_values, nll
+from gpt2lib.model import (
+    GPT2,
+    INITS,
+    dropout,
+    eight_bits,
+    initial_values,
+    nll,
+    one_row,
+    quantized,
+)  # fmt: skip
 from gpt2lib.seed import FixedSeed
 from gpt2lib.step import make_step
 
@@ -378,3 +387,55 @@ def test_values_of_a_part_do_not_depend_on_the_rest():
 def test_an_unknown_initialisation_names_the_nearest():
     with pytest.raises(ConfigError, match=r"`2019-prettybg`.*`2019-prettybig`"):
         GPT2(SIZES["test"], init="2019-prettybg")
+
+
+# --- 8 bits -----------------------------------------------------------------------------------------------------------
+
+
+def rounded(path, shape):
+    """The values that `quantized` keeps of `distinctive`, by another way: each column's, or row of wte's, own grid."""
+    values = distinctive(path, shape)
+    if not path.endswith(("/w", "/wte")):
+        return values
+    axis = 1 if path.endswith("wte") else 0
+    step = np.abs(values).max(axis=axis, keepdims=True) / 127
+    return (np.round(values / step) * step).astype(np.float32)
+
+
+def test_eight_bits_are_near():
+    values = distinctive("model/h0/mlp/c_fc/w", (13, 17))
+    integers, scale = eight_bits(values)
+    assert integers.dtype == np.int8 and (np.abs(integers).max(axis=1) == 127).all()
+    assert (np.abs(integers * scale[:, None] - values) <= scale[:, None] * 0.5001).all()
+    assert (eight_bits(np.zeros((2, 3)))[0] == 0).all()
+
+
+def test_a_model_in_eight_bits_is_the_rounded_one(full):
+    model = quantized(GPT2(CONFIG, init=distinctive))
+    expected = np.asarray(GPT2(CONFIG, init=rounded)(TOKENS))
+    assert {v.dtype for v in model.weights if v.path.endswith(("/w", "wte"))} == {"int8"}
+    np.testing.assert_allclose(np.asarray(model(TOKENS)), expected, atol=2e-4)
+    assert np.abs(expected - np.asarray(full)).max() > 1e-3, "rounding is seen"
+    again = quantized(model.__class__(CONFIG, init=rounded))
+    np.testing.assert_allclose(np.asarray(again(TOKENS)), expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_one_row_in_a_loop(dtype):
+    """By matrices that XLA takes for changing: the logits of the model outside."""
+    model = GPT2(CONFIG, init=distinctive, dtype="float32" if dtype == "int8" else dtype)
+    model = quantized(model) if dtype == "int8" else model
+    kernels = {} if dtype == "int8" else {v.path: v for v in model.trainable_variables if v.path.endswith("/w")}
+
+    def program(tokens, n):
+        def body(i, logits):
+            with one_row(i, {path: ops.transpose(v) for path, v in kernels.items()}):
+                return i + 1, model(tokens)[:, -1] + 0.0 * logits
+
+        zeros = ops.zeros((1, CONFIG.n_vocab))
+        return ops.while_loop(lambda i, _: i < n, body, (ops.convert_to_tensor(0, "int32"), zeros))[1]
+
+    tokens = ops.convert_to_tensor(TOKENS[:1, :1])
+    seen = np.asarray(compiled(model, program, xla=True)(tokens, ops.convert_to_tensor(2, "int32")))
+    expected = np.asarray(model(tokens))[:, -1]
+    np.testing.assert_allclose(seen, expected, atol=0.15 if dtype == "bfloat16" else 1e-4)

@@ -5,6 +5,7 @@ import math
 from importlib import metadata
 
 import matplotlib.figure
+import matplotlib.pyplot as plt
 import ml_dtypes
 import numpy as np
 import pandas as pd
@@ -143,3 +144,21 @@ def test_expectations_name_what_is_wrong():
     assert shown.loc["parameters", "seen"] == "124,439,808"
     with pytest.raises(AssertionError, match="loss: expected < 3, seen 4"):
         report.expectations([("steps", 7, 7, True), ("loss", "< 3", 4, False)])
+
+
+def test_tokens_in_colours():
+    """Each token stands where it should, in the colour of its value; long texts are cut, and it says so."""
+    figure = report.token_figure(
+        {"one": (["ab", "c\n", "d" * 9], [0, 4, 8]), "two": (["x "] * 100, [1] * 100)}, "nats", 8, columns=10, lines=3
+    )
+    one, two, bar = figure.axes
+    title, *words = one.texts
+    assert title.get_text() == "one"
+    assert [(word.get_text(), word.get_position()) for word in words] == [
+        ("ab", (0, 1)), ("c", (2, 1)), ("↵", (3, 1)), ("d" * 9, (0, 2)),
+    ]  # fmt: skip
+    shades = [patch.get_facecolor()[1] for patch in one.patches]
+    assert shades[0] > shades[1] == shades[2] > shades[3], "less green is more red"
+    assert len(two.texts) == 1 + 15 + 1 and two.texts[-1].get_text() == "[...]"
+    assert bar.get_xlabel() == "nats"
+    plt.close(figure)

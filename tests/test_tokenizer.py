@@ -186,3 +186,11 @@ def test_packaged_copy_is_the_last_resort(gpt2, server, tmp_path, monkeypatch, c
     assert Tokenizer.gpt2().hash == gpt2.hash
     assert server[1]  # asked, and answered with 404
     assert capfd.readouterr() == ("", "")
+
+
+def test_pieces_are_the_text_in_parts():
+    tokenizer = Tokenizer([("a", "b")])
+    ids = tokenizer.encode("abé, 日\n")
+    assert tokenizer.pieces(ids) == ["ab", "", "é", ",", " ", "", "", "日", "\n"]
+    assert "".join(tokenizer.pieces(ids[:-2])) == tokenizer.decode(ids[:-2]) == "abé, \ufffd"
+    assert tokenizer.pieces([]) == []

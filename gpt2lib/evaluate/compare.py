@@ -142,13 +142,10 @@ def coloured(tokenizer, ids, values, limit: float = 3.0) -> str:
 
     A character of several tokens has the colour of its last one.
     """
-    spans, waiting = [], []
-    for token, value in zip(ids, values, strict=True):
-        waiting.append(int(token))
-        text = tokenizer.decode(waiting)
-        if text.endswith("\ufffd") and len(waiting) < 4:
+    spans = []
+    for text, value in zip(tokenizer.pieces(ids), values, strict=True):
+        if not text:
             continue
-        waiting = []
         strength = min(abs(value) / limit, 1)
         red, blue = ((214, 96, 77), (67, 147, 195))
         colour = ",".join(map(str, red if value > 0 else blue))

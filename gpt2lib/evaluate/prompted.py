@@ -63,12 +63,10 @@ def _write(scorer: Scorer, tokenizer, prompts, length, end, **sampling) -> list[
         rows = min(max(1, scorer.batch_tokens // width), len(prompts))
         groups.append((rows, left[:rows]))
         left = left[rows:]
-    for number, (rows, group) in enumerate(scorer.progress(groups) if scorer.progress else groups):
+    for rows, group in scorer.progress(groups) if scorer.progress else groups:
         batch = [prompts[i] for i in group]
         batch += batch[-1:] * (rows - len(batch))  # as many rows as the program has
         options = {"end_of_text": end, "multiple": _MULTIPLE, **sampling}
-        if "seed" in options:
-            options["seed"] += number
         for i, ids in zip(group, generate(scorer.model, batch, length, **options), strict=False):
             out[i] = ids[: ids.index(tokenizer.end_of_text)] if tokenizer.end_of_text in ids else ids
     return out

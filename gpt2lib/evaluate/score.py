@@ -1,7 +1,6 @@
 """Negative log-likelihoods of texts of any length, token by token: short passages in batches, long texts by windows."""
 
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from keras import ops
@@ -134,7 +133,7 @@ class Scorer:
         tensors = (ops.convert_to_tensor(x, "int32") for x in (before, windows, len(context) - 1))
         shapes = before.shape, windows.shape
         if shapes not in self._branches:
-            self._branches[shapes] = compiled(self.model, partial(self._branch_program))
+            self._branches[shapes] = compiled(self.model, self._branch_program)
         nats = np.asarray(self._branches[shapes](*tensors), np.float64)
         nats = [nats[row, : len(branch)] for row, branch in enumerate(branches)]
         for row, losses in enumerate(nats):

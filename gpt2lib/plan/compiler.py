@@ -68,6 +68,7 @@ def trace(program, config, mesh, sample=None):
     from jax.sharding import NamedSharding, PartitionSpec
 
     from gpt2lib.device import functional
+    from gpt2lib.sample import Rules
     from gpt2lib.sample import program as sampling
     from gpt2lib.step import JaxPrograms
 
@@ -86,13 +87,17 @@ def trace(program, config, mesh, sample=None):
     if program == "evaluate":
         return programs.losses.trace(values, frozen, windows)
     prompt, length = sample
-    run = sampling(model, length, prompt + length, greedy=False, top_k=40, use_top_p=False)
+    rules, b, real = Rules(top_k=True), config.batch_size, ShapeDtypeStruct((), "float32")
+    run = sampling(model, length, prompt + length, rules)
     rows, everywhere = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
-    layouts = (everywhere, rows, rows, *[everywhere] * 4)
-    run = jax.jit(functional(model, run), in_shardings=layouts, out_shardings=rows)
-    tokens, start = (ShapeDtypeStruct(s, "int32") for s in ((config.batch_size, prompt), (config.batch_size,)))
-    real = ShapeDtypeStruct((), "float32")
-    return run.trace(shapes(model.variables), tokens, start, real, real, number, number)
+    run = jax.jit(
+        functional(model, run), in_shardings=(everywhere, rows, rows, rows, rows, everywhere), out_shardings=rows
+    )
+    tokens, start = ShapeDtypeStruct((b, prompt), "int32"), ShapeDtypeStruct((b,), "int32")
+    flags, scores = ShapeDtypeStruct((b,), "bool"), ShapeDtypeStruct((b,), "float32")
+    state = (flags, ShapeDtypeStruct((b, 1), "bool"), scores, start)
+    knobs = (real, number, real, real, number, ShapeDtypeStruct((shape.n_vocab,), "bool"))
+    return run.trace(shapes(model.variables), tokens, start, ShapeDtypeStruct((b, length), "float32"), state, knobs)
 
 
 def products(jaxpr, repeated: bool) -> int:
