@@ -361,8 +361,8 @@ def _age() -> float:
 WORKERS = {
     f.__name__: f
     for f in (
-        train_ours, train_huggingface, evaluate_ours, evaluate_huggingface, prefill_ours, generate_ours, generate_huggingface,
-        machine, reading, data,
+        train_ours, train_huggingface, evaluate_ours, evaluate_huggingface, prefill_ours, generate_ours,
+        generate_huggingface, machine, reading, data,
     )
 }  # fmt: skip
 
