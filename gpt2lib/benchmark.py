@@ -164,6 +164,24 @@ def evaluate_ours(shape, batch_size, dtype, steps=2, lengths=()):
     return {"passages_seconds": _timed(lambda: scorer.passages(some, [2] * len(some)))}
 
 
+def prefill_ours(shape, batch_size, dtype, steps=2):
+    """Seconds for the first token after prompts as long as the context."""
+    from gpt2lib import device
+
+    described = device.setup()
+    from gpt2lib.config import ModelConfig
+    from gpt2lib.model import GPT2
+    from gpt2lib.sample import generate
+
+    shape, random = ModelConfig.from_dict(shape), np.random.default_rng(0)
+    model = GPT2(shape, dtype=dtype)
+    prompts = random.integers(0, shape.n_vocab, (batch_size, shape.n_ctx)).tolist()
+    generate(model, prompts, 1, temperature=0)
+    command = yield {"device": described}
+    while command == "turn":
+        command = yield {"seconds": [_timed(lambda: generate(model, prompts, 1, temperature=0)) for _ in range(steps)]}
+
+
 def evaluate_huggingface(shape, batch_size, dtype, steps=2):
     """Seconds of a forward pass of transformers' GPT2LMHeadModel with the losses of all tokens of a batch."""
     import contextlib
@@ -343,8 +361,8 @@ def _age() -> float:
 WORKERS = {
     f.__name__: f
     for f in (
-        train_ours, train_huggingface, evaluate_ours, evaluate_huggingface, generate_ours, generate_huggingface,
-        machine, reading, data,
+        train_ours, train_huggingface, evaluate_ours, evaluate_huggingface, prefill_ours, generate_ours,
+        generate_huggingface, machine, reading, data,
     )
 }  # fmt: skip
 

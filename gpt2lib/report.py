@@ -19,6 +19,7 @@ from numbers import Integral, Real
 from pathlib import Path
 
 import matplotlib
+import matplotlib.font_manager
 import numpy as np
 import pandas as pd
 
@@ -224,6 +225,9 @@ def save_figure(figure, stem: str | None, name: str = "") -> Path | None:
     return relative
 
 
+_MONOSPACE = "DejaVu Sans Mono"  # comes with Matplotlib
+
+
 def token_figure(texts: dict, label: str, limit: float, columns: int = 96, lines: int = 14):
     """Texts whose tokens are coloured by a value of each, from white at 0 to red at `limit`: a figure.
 
@@ -231,6 +235,8 @@ def token_figure(texts: dict, label: str, limit: float, columns: int = 96, lines
         texts: title -> (strings of the tokens, a value for each).
         label: what the values are, with their unit.
         columns, lines: of each text at most; the rest is not shown, and "[...]" says so.
+
+    Characters that the font does not have are shown as a box.
     """
     import matplotlib.pyplot as plt  # here, so that whoever only records does not start it
 
@@ -245,11 +251,11 @@ def token_figure(texts: dict, label: str, limit: float, columns: int = 96, lines
         axes = figure.add_axes((0, top - part, 1, part), xlim=(-1, columns + 1), ylim=(height - 1, -1))
         axes.axis("off")
         top -= part
-        axes.text(0, -0.3, title, family="monospace", size=size, weight="bold", va="center", parse_math=False)
+        axes.text(0, -0.3, title, family=_MONOSPACE, size=size, weight="bold", va="center", parse_math=False)
         for line, column, text, value in cells:
             share = min(max(value, 0) / limit, 1)
             axes.add_patch(plt.Rectangle((column, line + 0.5), len(text), 1, color=colours(0.8 * share), lw=0))
-            style = dict(family="monospace", size=size, va="center", parse_math=False)
+            style = dict(family=_MONOSPACE, size=size, va="center", parse_math=False)
             axes.text(column, line + 1, text, color="white" if share > 0.75 else "black", **style)
     bar = figure.add_axes((0.3, 0.55 * bottom, 0.4, 0.2 * bottom))
     shades = matplotlib.colors.ListedColormap([colours(0.8 * i / 255) for i in range(256)])
@@ -261,7 +267,9 @@ def token_figure(texts: dict, label: str, limit: float, columns: int = 96, lines
 def _wrapped(tokens, values, columns, lines) -> list[tuple]:
     """(line, column, text, value) of pieces of tokens, broken after so many columns and where the text breaks."""
     cells, line, column = [], 0, 0
+    known = matplotlib.font_manager.get_font(matplotlib.font_manager.findfont(_MONOSPACE)).get_charmap()
     for token, value in zip(tokens, values, strict=True):
+        token = "".join(c if c in "\t\n" or (ord(c) in known and c.isprintable()) else "▯" for c in token)
         for i, part in enumerate(token.replace("\t", "    ").split("\n")):
             if i:
                 cells.append((line, column, "↵", value))

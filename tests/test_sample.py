@@ -52,8 +52,9 @@ def test_greedy_is_openais(golden):
     model, recorded = load_openai(golden / "openai-test"), np.load(golden / "openai-test" / "golden.npz")
     prompt, whole = recorded["prompt"].tolist(), recorded["greedy"][0].tolist()
     assert whole[:3] == prompt and len(whole) == 19 == model.config.n_ctx
-    (new,) = generate(model, [prompt], 16, temperature=0, end_of_text=None)
-    assert prompt + new == whole
+    for options in ({"temperature": 0}, {"top_k": 1}):
+        (new,) = generate(model, [prompt], 16, end_of_text=None, **options)
+        assert prompt + new == whole
 
 
 def test_greedy_of_a_vocabulary_of_gpt2s_size(shared_golden):
@@ -561,6 +562,12 @@ def test_bad_input_is_one_sentence(model, prompts, options, said):
         generate(model, prompts, **({"length": 2} | options))
     assert all(word in str(error.value) for word in said), str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_progress(model):
+    said = []
+    generate(model, PROMPTS, 70, seed=1, end_of_text=None, progress=said.append)
+    assert said == sorted({*said}) and said[0] == 1 and said[-1] == 70
 
 
 def test_no_prompts(model):
