@@ -202,7 +202,7 @@ def evaluate_huggingface(shape, batch_size, dtype, steps=2):
         command = yield {"seconds": [_timed(step) for _ in range(steps)]}
 
 
-def generate_ours(shape, batch_size, dtype, prompt=16, length=128, int8=False):
+def generate_ours(shape, batch_size, dtype, steps=2, prompt=16, length=128, int8=False):
     """Seconds of greedy texts of `length` tokens; at the start those of the first tokens, which compile, and again.
 
     Also the bytes of parameters and cache that are read for each token.
@@ -232,10 +232,10 @@ def generate_ours(shape, batch_size, dtype, prompt=16, length=128, int8=False):
     read += cached * (2 if "bfloat16" in dtype else 4)
     command = yield {"new_seconds": new, "again_seconds": again, "read_bytes": read, "device": described}
     while command == "turn":
-        command = yield {"seconds": [_timed(step)]}
+        command = yield {"seconds": [_timed(step) for _ in range(steps)]}
 
 
-def generate_huggingface(shape, batch_size, dtype, prompt=16, length=128):
+def generate_huggingface(shape, batch_size, dtype, steps=2, prompt=16, length=128):
     """Seconds of transformers' greedy `generate`, all of it in `dtype`."""
     import torch
 
@@ -250,7 +250,7 @@ def generate_huggingface(shape, batch_size, dtype, prompt=16, length=128):
     step()
     command = yield {"device": f"torch {torch.__version__}"}
     while command == "turn":
-        command = yield {"seconds": [_timed(step)]}
+        command = yield {"seconds": [_timed(step) for _ in range(steps)]}
 
 
 def reading(size=2**29, times=5):

@@ -411,7 +411,7 @@ def quantized(model) -> GPT2:
     Each column of a kernel and each row of wte has the scale that its largest entry needs; norms, biases and wpe stay
     as they are, and so do activations.
     """
-    values = {v.path: v.value for v in model.trainable_variables}
+    values = {v.path: v.value for v in model.weights}
     return GPT2(model.config, init=lambda path, _: np.asarray(values[path]), dtype=model.dtype_policy, int8=True)
 
 

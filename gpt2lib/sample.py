@@ -157,7 +157,7 @@ class Knobs:
 
     def tensors(self):
         temperature, top_p, penalty = (
-            ops.convert_to_tensor(x, "float32") for x in (self.temperature, self.top_p, self.penalty)
+            ops.convert_to_tensor(x, "float32") for x in (max(self.temperature, 1e-30), self.top_p, self.penalty)
         )
         ends = ops.convert_to_tensor(self.ends, "bool")
         return temperature, _int32(self.top_k), top_p, penalty, _int32(self.earliest), ends
@@ -172,7 +172,7 @@ def _pick(logits, made, u, seen, rules, knobs):
     if rules.greedy:
         token = ops.cast(ops.argmax(x, axis=1), "int32")
     else:
-        x = x / temperature
+        x = (x - ops.max(x, axis=1, keepdims=True)) / temperature  # finite or -inf, however low
         x = keep_top_k(x, top_k) if rules.top_k else x
         x = keep_top_p(x, top_p, rules.crossing) if rules.top_p else x
         token = draw(x, u)
@@ -240,7 +240,7 @@ def turn(model):
     """`f() -> path of each kernel: [nf, nx]`, in the precision of the computation; see `model.one_row`."""
 
     def run():
-        kernels = [v for v in model.trainable_variables if v.path.endswith("/w")]
+        kernels = [v for v in model.weights if v.path.endswith("/w")]
         return {v.path: ops.transpose(ops.cast(v, model.compute_dtype)) for v in kernels}
 
     return run
@@ -337,6 +337,8 @@ class _Writer:
             found = self._begin()
         else:
             found = self._go_on(min(most, self.room))
+        if np.isnan(found[1]).any():
+            raise ValueError("the model's logits are no numbers: its parameters are damaged; load another checkpoint")
         if self.rules.beams == 1:
             for row, new in enumerate(found[0].tolist()):
                 self.ids[row] += [token for token in new if token >= 0]
@@ -420,7 +422,7 @@ def _room(model) -> bool:
         return False
     if keras.backend.backend() == "jax" and model.compute_dtype == "float32":
         return False  # its XLA uses all cores for either
-    size = sum(math.prod(v.shape) for v in model.trainable_variables if v.path.endswith("/w"))
+    size = sum(math.prod(v.shape) for v in model.weights if v.path.endswith("/w"))
     free = device.free_memory()
     return free is None or 2 * 4 * size < free
 

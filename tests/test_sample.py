@@ -564,6 +564,17 @@ def test_bad_input_is_one_sentence(model, prompts, options, said):
     assert "\n" not in str(error.value)
 
 
+def test_a_damaged_model_is_one_sentence():
+    model = GPT2(CONFIG, init=lambda path, shape: np.full(shape, np.nan, np.float32))
+    for options in ({"temperature": 0}, {"seed": 1}):
+        with pytest.raises(ValueError, match="damaged"):
+            generate(model, [[1]], 3, **options)
+
+
+def test_a_temperature_next_to_nothing_is_greedy(model, greedy):
+    assert generate(model, PROMPTS, 9, temperature=1e-42, top_k=7, seed=1, end_of_text=None) == greedy
+
+
 def test_progress(model):
     said = []
     generate(model, PROMPTS, 70, seed=1, end_of_text=None, progress=said.append)
