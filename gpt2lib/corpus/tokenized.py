@@ -99,7 +99,8 @@ def _feature(record: bytes, name: str):
             if name.encode() in _fields(entry, 1):
                 lists = [numbers for feature in _fields(entry, 2) for numbers in _fields(feature, 3)]
                 if lists:
-                    return np.concatenate([varints(packed) for numbers in lists for packed in _fields(numbers, 1)])
+                    found = [varints(packed) for numbers in lists for packed in _fields(numbers, 1)]
+                    return np.concatenate([np.zeros(0, np.int64), *found])
     return None
 
 
