@@ -384,7 +384,7 @@ def _read_tensors(folder, config) -> dict:
         if not data.is_file() or data.stat().st_size < offset + size:
             raise CheckpointError(f"{data} is missing or cut short: `{name}` is not in it; download it again")
         arrays[name] = np.memmap(data, "<f4", "r", offset, shape)
-        if _masked_crc(arrays[name].tobytes()) != crc:
+        if masked_crc(arrays[name].tobytes()) != crc:
             raise CheckpointError(f"`{name}` in {data} is damaged: its checksum is another one; download it again")
     return arrays
 
@@ -453,7 +453,7 @@ def _read_index(path) -> dict:
     return entries
 
 
-def _masked_crc(data: bytes) -> int:
+def masked_crc(data: bytes) -> int:
     """The CRC-32C of some bytes as TensorFlow writes it down (its lib/hash/crc32c.h)."""
     import google_crc32c
 

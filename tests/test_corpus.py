@@ -6,12 +6,13 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from gpt2lib.checkpoint import CheckpointError, load_tokenizer
-from gpt2lib.corpus import build, docstrings, files
+from gpt2lib.corpus import build, docstrings, files, tokenized
 from gpt2lib.data import Corpus, CorpusError
 from gpt2lib.tokenizer import Tokenizer
 
@@ -250,3 +251,112 @@ def test_a_book_is_cut_at_paragraphs(tmp_path):
 def test_a_folder_without_a_tokenizer(tmp_path):
     with pytest.raises(CheckpointError, match=r"vocab\.bpe"):
         load_tokenizer(tmp_path)
+
+
+# ------------------------------------------------------------------------------------- corpora that others have made
+
+TEXTS = ["One day, a fox.", "Naïve 日本語\n\nTwo.", " ", "The end"]
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    return Tokenizer.gpt2()
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 1000])
+def test_nanogpt_and_llmc(tmp_path, monkeypatch, gpt2, chunk):
+    """train.bin of nanoGPT: an end of text after each; llm.c's: a header, and one before each."""
+    monkeypatch.setattr(tokenized, "_CHUNK", chunk)
+    ids = [gpt2.encode(text) for text in TEXTS]
+    end = [gpt2.end_of_text]
+    np.array([i for one in ids for i in one + end], np.uint16).tofile(tmp_path / "train.bin")
+    assert list(files.documents(tmp_path / "train.bin")) == TEXTS
+    tokens = np.array([i for one in ids for i in end + one], np.uint16)
+    header = np.zeros(256, np.int32)
+    header[:3] = 20240520, 1, len(tokens)
+    (tmp_path / "llmc.bin").write_bytes(header.tobytes() + tokens.tobytes())
+    assert list(files.documents(tmp_path / "llmc.bin")) == TEXTS
+    assert list(files.documents(tmp_path)) == 2 * TEXTS
+    (tmp_path / "empty.bin").write_bytes(b"")
+    assert list(files.documents(tmp_path / "empty.bin")) == []
+
+
+def test_bins_that_are_not(tmp_path):
+    path = tmp_path / "train.bin"
+    header = np.zeros(256, np.int32)
+    for head, content, said in (
+        ((20240520, 1, 5), b"\1\0" * 4, "cut off"),
+        ((20240520, 7, 2), b"\1\0" * 4, "version 7"),
+        (None, b"\1\0\1", "cut off"),
+        (None, np.array([3, 50257], np.uint16).tobytes(), "50257"),
+    ):
+        if head:
+            header[:3] = head
+        path.write_bytes((header.tobytes() if head else b"") + content)
+        with pytest.raises(CorpusError, match=said):
+            list(files.documents(path))
+
+
+def test_tfrecords_of_2019(tmp_path, gpt2):
+    """Written by TensorFlow with the features of its create_tfrecords.py."""
+    tf = pytest.importorskip("tensorflow")
+
+    def example(text, ids):
+        features = {
+            "hash": tf.train.Feature(bytes_list=tf.train.BytesList(value=[text.encode()])),
+            "text": tf.train.Feature(int64_list=tf.train.Int64List(value=ids)),
+        }
+        return tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString()
+
+    path = tmp_path / "openwebtext-newspaper_0.tfrecords"
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for text in [*TEXTS, ""]:
+            writer.write(example(text, gpt2.encode(text)))
+    assert list(files.documents(path)) == TEXTS
+    data = path.read_bytes()
+    for broken, said in (
+        (data[:-1], "record 5"),
+        (data[:30] + b"?" + data[31:], "record 1"),
+        (data + b"12", "record 6"),
+    ):
+        path.write_bytes(broken)
+        with pytest.raises(CorpusError, match=said):
+            list(files.documents(path))
+    for record, said in (
+        (example("a", [50257]), "vocabulary"),
+        (b"\x0f", "tf.train.Example"),
+        (b"", "no whole numbers"),
+    ):
+        with tf.io.TFRecordWriter(str(path)) as writer:
+            writer.write(record)
+        with pytest.raises(CorpusError, match=f"record 1: .*{said}"):
+            list(files.documents(path))
+    with pytest.raises(CorpusError, match="`ids`"):
+        with tf.io.TFRecordWriter(str(path)) as writer:
+            writer.write(example("a", [1]))
+        list(files.documents(path, "ids"))
+
+
+def test_varints():
+    data = b"".join(bytes([i & 0x7F | 0x80, i >> 7 & 0x7F | 0x80, i >> 14]) for i in (0, 127, 128, 50256))
+    assert tokenized.varints(data).tolist() == [0, 127, 128, 50256]
+    assert tokenized.varints(b"\x00\x7f\x80\x01").tolist() == [0, 127, 128]
+    assert tokenized.varints(b"\xff" * 9 + b"\x01").tolist() == [-1] and tokenized.varints(b"").tolist() == []
+    for broken in (b"\x80", b"\x01\xff", b"\x80" * 10 + b"\x01"):
+        with pytest.raises(ValueError):
+            tokenized.varints(broken)
+
+
+def test_shards_of_openwebtext_and_fineweb(tmp_path):
+    rows = {
+        "text": TEXTS, "id": [f"<urn:uuid:{i}>" for i in range(4)], "dump": ["CC-MAIN-2013-20"] * 4,
+        "url": ["http://a.b/c"] * 4, "date": ["2013-05-18T05:48:54Z"] * 4, "file_path": ["s3://commoncrawl/x"] * 4,
+        "language": ["en"] * 4, "language_score": [0.9] * 4, "token_count": [3] * 4,
+    }  # fmt: skip
+    for name, columns in (
+        ("fineweb/000_00000.parquet", rows),
+        ("openwebtext/train-00000-of-00080.parquet", {"text": TEXTS}),
+    ):
+        (tmp_path / name).parent.mkdir()
+        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / name)
+        assert list(files.documents(tmp_path / name)) == TEXTS

@@ -1,4 +1,4 @@
-"""A folder of `.txt`, `.jsonl`, `.jsonl.gz` and `.parquet` files as a corpus."""
+"""A folder of `.txt`, `.jsonl`, `.jsonl.gz`, `.parquet`, `.bin` and `.tfrecords` files as a corpus."""
 
 import gzip
 import hashlib
@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 
 from gpt2lib.config import nearest
+from gpt2lib.corpus import tokenized
 from gpt2lib.data import CorpusError
 
 
@@ -42,7 +43,8 @@ def describe(folder: str | PathLike) -> list[dict]:
 def documents(folder: str | PathLike, text_field: str = "text") -> Iterator[str]:
     """The documents of all files, in order: a `.txt` file is one, a line of `.jsonl` or a row of `.parquet` is one.
 
-    `text_field` is the key or column of the text. CorpusError, with file and line, for what cannot be read.
+    `.bin` and `.tfrecords` hold many, in GPT-2's ids (see `tokenized`). `text_field` is the key or column of the text,
+    or the name of the ids in a TFRecord. CorpusError, with file and line, for what cannot be read.
     """
     for path in text_files(folder):
         suffix = next(suffix for suffix in _READERS if path.name.endswith(suffix))
@@ -112,4 +114,11 @@ def _text(record: object, text_field: str, where: str) -> str:
     return record[text_field]
 
 
-_READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".jsonl.gz": _read_jsonl, ".parquet": _read_parquet}
+_READERS = {
+    ".txt": _read_txt,
+    ".jsonl": _read_jsonl,
+    ".jsonl.gz": _read_jsonl,
+    ".parquet": _read_parquet,
+    ".bin": lambda path, _: tokenized.read_bin(path),
+    ".tfrecords": tokenized.read_tfrecords,
+}
