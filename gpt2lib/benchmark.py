@@ -228,8 +228,8 @@ def generate_ours(shape, batch_size, dtype, steps=2, prompt=16, length=128, int8
     matrices = sum(math.prod(v.shape) for v in model.weights if v.path.endswith("/w"))
     each = 1 if int8 else 2 if "bfloat16" in dtype else 4
     cached = 2 * shape.n_layer * shape.n_embd * batch_size * cache_length(prompt, length)
-    read = each * matrices + (1 if int8 else 4) * shape.n_vocab * shape.n_embd  # logits are float32
-    read += cached * (2 if "bfloat16" in dtype else 4)
+    wte = (1 if int8 else 2 if dtype == "bfloat16" else 4) * shape.n_vocab * shape.n_embd
+    read = each * matrices + wte + 4 * cached
     command = yield {"new_seconds": new, "again_seconds": again, "read_bytes": read, "device": described}
     while command == "turn":
         command = yield {"seconds": [_timed(step) for _ in range(steps)]}

@@ -114,8 +114,10 @@ def _drop(x, rate, key, first):
 class _Layer(keras.layers.Layer):
     """A layer with what all layers of one model share: `values(path, shape)` gives first values."""
 
+    casts = True  # what it is given, to the precision of the computation
+
     def __init__(self, name, config, values, dtype, int8=False):
-        super().__init__(name=name, dtype=dtype)
+        super().__init__(name=name, dtype=dtype, autocast=self.casts)
         self.config, self.values, self.int8 = config, values, int8
 
     def child(self, kind, name, *args):
@@ -158,8 +160,9 @@ def one_row(tick, turned: dict):
     """Inside, the body of a loop is traced that multiplies one row by matrices, on a CPU, compiled by XLA.
 
     Such a loop is as fast as memory is read. XLA would convert all matrices to float32 before it begins and then read
-    those, were it not told that they may change with `tick`, a tensor of the loop; and it uses all cores for matrices
-    [nf, nx] only. `turned`: path -> those of kernels, where the caller has them.
+    those, were it not told that they may change with `tick`, a number of the loop that is never negative; and it uses
+    all cores for matrices [nf, nx] only. `turned`: path -> those of kernels, where the caller has them. The cache is
+    without the axis of batches here, 2 x [N, S, H] a layer: an axis of 1 would have XLA copy all of it in each round.
     """
     token = _one_row.set((tick, turned))
     try:
@@ -172,7 +175,10 @@ def _multiply(x, matrix, scale=None):
     """x [M, K] times the transpose of a matrix [R, K] of whatever type, by its rows' scale [R] -> [M, R]."""
     tick, _ = _one_row.get()
     if tick is not None:
-        x = ops.cast(x, "float32")
+        # XLA would work out x anew for each row of the matrix, unless it ends in a division: by ones, unknown to it,
+        # and as many as x has columns, so that it is left in the shape that it has here
+        ones = ops.where(tick >= 0, 1.0, ops.arange(x.shape[-1], dtype="float32"))
+        x = ops.cast(x, "float32") / ones
         matrix = matrix if matrix.dtype == "float32" else _changing(ops.convert_to_tensor(matrix), tick)
     y = ops.matmul(x, ops.transpose(ops.cast(matrix, x.dtype)))
     y = y if tick is None else _changing(y, tick)
@@ -227,6 +233,8 @@ class Conv1D(_Layer):
 class Attention(_Layer):
     """Causal multi-head self-attention: [B, T, D] -> [B, T, D] and the keys and values, 2 x [B, N, S, H]."""
 
+    casts = False  # the cache may be in another precision
+
     def build(self, shape):
         d = self.config.n_embd
         self.c_attn, self.c_proj = self.child(Conv1D, "c_attn", 3 * d), self.child(Conv1D, "c_proj", d)
@@ -245,9 +253,8 @@ class Attention(_Layer):
     def call(self, x, past=None, position=0, bias=None, tpu=False, seed=None):
         qkv, drop = self.c_attn(x), seed and seed.child(1)  # [B, T, 3D]
         q, k, v = (self.split_heads(part) for part in ops.split(qkv, 3, axis=-1))  # 3 x [B, N, T, H]
-        if past is not None:  # write the T new keys and values behind the `position` old ones: [B, N, S, H]
-            k = ops.slice_update(past[0], (0, 0, position, 0), ops.cast(k, past[0].dtype))
-            v = ops.slice_update(past[1], (0, 0, position, 0), ops.cast(v, past[1].dtype))
+        if past is not None:  # the T new keys and values behind the `position` old ones
+            k, v = self.append(past[0], k, position), self.append(past[1], v, position)
         if tpu:
             a = attention.attend(qkv, self.config.n_head, self.config.attn_pdrop, drop)
         else:
@@ -255,10 +262,20 @@ class Attention(_Layer):
         a = self.c_proj(a)  # [B, T, D]
         return dropout(a, self.config.resid_pdrop, seed and seed.child(2)), (k, v)
 
+    def append(self, old, new, position):  # [B, N, S, H], [B, N, T, H] -> [B, N, S, H]; the cache also [N, S, H]
+        new = ops.cast(new, old.dtype)
+        if len(old.shape) == 3:
+            return ops.slice_update(old, (0, position, 0), new[0])
+        return ops.slice_update(old, (0, 0, position, 0), new)
+
     def attend(self, q, k, v, bias, seed):  # [B, N, T, H], 2 x [B, N, S, H] -> [B, T, D]
         q = q / math.sqrt(self.config.n_embd // self.config.n_head)
-        scores = ops.matmul(q, ops.swapaxes(k, -1, -2))  # [B, N, T, H] @ [B, N, H, S] -> [B, N, T, S]
-        scores = ops.cast(scores, "float32") + ops.cast(bias, "float32")  # Keras casts what a layer is given
+        if len(k.shape) == 3:  # [N, S, H]; as below, but XLA would turn all keys for each token
+            k, v = k[None], v[None]
+            scores = ops.swapaxes(ops.matmul(k, ops.swapaxes(q, -1, -2)), -1, -2)
+        else:
+            scores = ops.matmul(q, ops.swapaxes(k, -1, -2))  # [B, N, T, H] @ [B, N, H, S] -> [B, N, T, S]
+        scores = ops.cast(scores, "float32") + bias
         weights = ops.softmax(scores) if scores.shape[-1] != 1 else ops.ones_like(scores)  # Keras warns of a lone 1
         weights = ops.cast(weights, self.compute_dtype)
         weights = dropout(weights, self.config.attn_pdrop, seed)
@@ -281,6 +298,8 @@ class MLP(_Layer):
 
 class Block(_Layer):
     """x + attention(norm(x)), then x + mlp(norm(x)): [B, T, D] -> [B, T, D] and the keys and values."""
+
+    casts = False
 
     def build(self, shape):
         self.ln_1, self.attn = self.child(Norm, "ln_1"), self.child(Attention, "attn")
@@ -352,7 +371,7 @@ class GPT2(keras.Model):
         t = ops.shape(tokens)[1]
         if isinstance(t, int) and t > self.config.n_ctx and start is None:
             raise ValueError(f"{t} tokens are more than the context of {self.config.n_ctx}; shorten the text")
-        s = t if past is None else ops.shape(past[0][0])[2]
+        s = t if past is None else ops.shape(past[0][0])[-2]
         query = position + ops.arange(t)[:, None]  # [T, 1]
         visible = ops.arange(s)[None, :] <= query  # [T, S]
         where = query[:, 0]  # [T]
@@ -466,6 +485,9 @@ def look_up(table, rows):
     TensorFlow's own gradient is IndexedSlices, which would swallow the dense one that wte has as the output matrix.
     """
 
+    tick, _ = _one_row.get()
+    if tick is not None:
+        return ops.take(_changing(ops.convert_to_tensor(table), tick), rows, axis=0)
     dense = with_gradient(lambda x: (ops.copy(x), ()), lambda _, upstream: (ops.reshape(upstream, table.shape),))
     return ops.take(dense(ops.copy(table)), rows, axis=0)
 

@@ -227,6 +227,8 @@ def begin(model, rules, space):
     def run(tokens, start, made, u, state, knobs):
         h, cache = model.hidden(tokens, model.empty_cache(tokens.shape[0], space), 0, start)
         logits = model.logits(h[:, -1])
+        if device.is_cpu():  # which would convert all of it for each token
+            cache = [tuple(ops.cast(x, "float32") for x in layer) for layer in cache]
         if rules.beams > 1:
             logits = ops.repeat(logits, rules.beams, axis=0)
             cache = [tuple(ops.repeat(x, rules.beams, axis=0) for x in layer) for layer in cache]
@@ -252,7 +254,7 @@ def go_on(model, rules, most=_CHUNK):
 
     def run(position, start, made, count, u, state, cache, matrices, knobs):
         rows = start.shape[0]
-        fast = matrices or (model.int8 and rows == 1 and device.is_cpu())
+        fast = rows == 1 and device.is_cpu()
         same = ops.broadcast_to(ops.arange(rows, dtype="int32")[:, None], (rows, most))
         outs = ops.full((rows, most), -1, "int32"), ops.zeros((rows, most), "float32"), same
 
@@ -269,7 +271,10 @@ def go_on(model, rules, most=_CHUNK):
             outs = tuple(ops.slice_update(x, (0, i), y[:, None]) for x, y in zip(outs, out, strict=True))
             return i + 1, outs, state, cache
 
-        return ops.while_loop(going, body, (ops.convert_to_tensor(0, "int32"), outs, state, cache))[1:]
+        if fast:
+            cache = [(k[0], v[0]) for k, v in cache]
+        _, outs, state, cache = ops.while_loop(going, body, (ops.convert_to_tensor(0, "int32"), outs, state, cache))
+        return outs, state, [(k[None], v[None]) for k, v in cache] if fast else cache
 
     return run
 
