@@ -16,6 +16,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,8 +47,14 @@ class OwnKernel(AsyncKernelManager):
     """The kernel of the interpreter that runs this study.
 
     Jupyter looks kernels up by name, in JUPYTER_PATH and often in the user's folder before its own environment, so
-    that another environment's `python3` would answer, with other packages.
+    that another environment's `python3` would answer, with other packages. What a kernel writes to its standard error
+    goes to `said`: of a cell it is in the notebook as well, the rest is about Jupyter and how kernels end.
     """
+
+    said = None  # a file
+
+    async def start_kernel(self, **options):
+        await super().start_kernel(stderr=self.said, **options)
 
     @property
     def kernel_spec(self) -> KernelSpec:
@@ -248,16 +255,19 @@ def execute(run: Run, progress: bool = False, restart: bool = False) -> None:
 def _papermill(run: Run, part: Path, extra: dict, progress: bool) -> None:
     """Execute into `part`; every way to fail becomes a RunError."""
     bar = {"desc": run.stem, "leave": False} if progress else False
-    try:
-        notebook = papermill.execute_notebook(
-            _read(run.source), part, {**run.parameters, **extra}, kernel_name="python3", language="python",
-            progress_bar=bar, cwd=workspace(), kernel_manager_class=OwnKernel,
-        )  # fmt: skip
-    except PapermillExecutionError as error:
-        last = (error.evalue.strip().splitlines() or [""])[-1]
-        raise RunError(f"In [{error.exec_count}] stopped with {error.ename}: {last}") from None
-    except RuntimeError as error:  # nbclient: the kernel died, or never started
-        raise RunError(f"{error}; a dead kernel has mostly run out of memory") from None
+    with tempfile.TemporaryFile("w+", errors="replace") as OwnKernel.said:
+        try:
+            notebook = papermill.execute_notebook(
+                _read(run.source), part, {**run.parameters, **extra}, kernel_name="python3", language="python",
+                progress_bar=bar, cwd=workspace(), kernel_manager_class=OwnKernel,
+            )  # fmt: skip
+        except PapermillExecutionError as error:
+            last = (error.evalue.strip().splitlines() or [""])[-1]
+            raise RunError(f"In [{error.exec_count}] stopped with {error.ename}: {last}") from None
+        except RuntimeError as error:  # nbclient: the kernel died, or never started
+            OwnKernel.said.seek(0)
+            last = "".join(f"; it said last: {line}" for line in OwnKernel.said.read().strip().splitlines()[-1:])
+            raise RunError(f"{error}; a dead kernel has mostly run out of memory{last}") from None
     for cell in notebook.cells:
         if any(output.output_type == "error" for output in cell.get("outputs", ())):  # Papermill lets sys.exit(0) pass
             raise RunError(f"In [{cell.execution_count}] left the notebook early; let it run to its last cell")
