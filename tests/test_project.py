@@ -177,6 +177,17 @@ def test_readme_says_how_fast_it_was():
     ours, peer = (8 * 512 / evaluation["seconds"][name] for name in ("ours", "peer"))
     assert f"{ours:,.0f} tokens/s beside {peer:,.0f} of Hugging Face's forward pass, {ours / peer:.1f} times" in readme
     assert f"all of LAMBADA in\n{evaluation['lambada_minutes']:.0f} minutes" in readme
+    rows = numbers["generation"]["rows"]
+    for ours, peer in zip(rows, [*rows[1:], {"program": "gpt2lib"}], strict=True):
+        if ours["program"] == "gpt2lib":
+            alone = peer["program"] == "gpt2lib"
+            cells = [
+                f"{ours['precision']}, {ours['at once']} at once",
+                f"{ours['tokens/s']:.0f}",
+                "– | –" if alone else f"{peer['tokens/s']:.0f} | {peer['ours / it']:.2f}",
+                f"{ours['of reads, %']:.0f}%",
+            ]
+            assert f"| {' | '.join(cells)} |" in readme
 
 
 def test_readme_says_what_the_compiler_said():
