@@ -32,12 +32,14 @@ def describe(folder: str | PathLike) -> list[dict]:
     """Name, size in bytes and sha256 of each file: equal exactly if the text is."""
     files = text_files(folder)
     parent = Path(folder) if Path(folder).is_dir() else Path(folder).parent
-    entries = []
-    for path in files:
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        entries.append({"file": path.relative_to(parent).as_posix(), "bytes": path.stat().st_size, "sha256": sha256})
-    return entries
+    return [described(path, path.relative_to(parent).as_posix()) for path in files]
+
+
+def described(path: Path, name: str) -> dict:
+    """Of one file."""
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"file": name, "bytes": path.stat().st_size, "sha256": sha256}
 
 
 def documents(folder: str | PathLike, text_field: str = "text") -> Iterator[str]:

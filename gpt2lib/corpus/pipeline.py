@@ -1,0 +1,518 @@
+"""From lists of URLs, WARC files or documents to clean text, as stages on Apache Beam; see `run`.
+
+A stage reads the numbered parts of the one before and writes its own, each beside its counts. A part that is there is
+not made again, so a killed run goes on where it was. What a part holds depends on its input alone: the number of
+workers changes nothing. Between the machines of a runner the folder must be shared.
+"""
+
+import contextlib
+import functools
+import gzip
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from gpt2lib.corpus import crawl, docstrings, duplicates, files, text, urls
+from gpt2lib.corpus.crawl import Manners
+from gpt2lib.corpus.urls import Refused
+from gpt2lib.data import CorpusError
+
+logging.disable(logging.WARNING)  # Beam tells at its import for which clouds it has no packages
+import apache_beam as beam  # noqa: E402
+from apache_beam.metrics import Metrics  # noqa: E402
+from apache_beam.options.pipeline_options import PipelineOptions  # noqa: E402
+
+logging.disable(logging.NOTSET)
+
+PARTS = 16
+LOCAL = (
+    "--runner=DirectRunner",
+    "--direct_running_mode=multi_processing",
+    "--direct_num_workers=0",  # all cores
+)
+VERSION = 1  # of what the stages write; another one is made anew
+
+
+# --- parts on disk ----------------------------------------------------------------------------------------------------
+
+
+def part(folder: Path, n: int, suffix: str = ".jsonl.gz") -> Path:
+    return Path(folder) / f"part-{n:05}{suffix}"
+
+
+def read_part(path: Path) -> Iterator[dict]:
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        yield from map(json.loads, lines)
+
+
+@contextlib.contextmanager
+def _written(path: Path):
+    """A binary file that is at `path` when all of it is. A worker that outlives a killed run may write it as well."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with beside.open("wb") as file:
+        yield file
+    os.replace(beside, path)
+
+
+def write_part(path: Path, records: Iterable[dict]) -> None:
+    with _written(path) as file, gzip.GzipFile("", "wb", 1, file, mtime=0) as packed:
+        for record in records:
+            packed.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+
+
+def _write_json(path: Path, value) -> None:
+    with _written(path) as file:
+        file.write(json.dumps(value, indent=1, ensure_ascii=False).encode())
+
+
+@dataclass
+class Counts:
+    """What became of the records of a part: `entered` = `left` + dropped by reason + dead by reason."""
+
+    entered: int = 0
+    left: int = 0
+    dropped: Counter = field(default_factory=Counter)
+    dead: Counter = field(default_factory=Counter)
+
+    def __add__(self, other):
+        return Counts(
+            self.entered + other.entered,
+            self.left + other.left,
+            self.dropped + other.dropped,
+            self.dead + other.dead,
+        )
+
+    def plain(self) -> dict:
+        return {**vars(self), "dropped": dict(self.dropped), "dead": dict(self.dead)}
+
+    def check(self, where) -> None:
+        out = self.left + self.dropped.total() + self.dead.total()
+        if self.entered != out:
+            raise CorpusError(f"{where}: {self.entered} records went in, but {out} came out; remove it and run again")
+
+
+class Sieve:
+    """Takes records through steps, counts, and keeps those that a step broke on for the dead-letter file."""
+
+    def __init__(self, *steps: Callable[[dict], dict]):
+        self.steps, self.counts, self.letters = steps, Counts(), []
+
+    def __call__(self, records: Iterable[dict | tuple[dict, Exception]]) -> Iterator[dict]:
+        """Those records that pass. One that comes with an exception has met it already."""
+        for record in records:
+            self.counts.entered += 1
+            try:
+                if isinstance(record, tuple):
+                    record, error = record
+                    raise error
+                passed = functools.reduce(lambda record, step: step(record), self.steps, record)
+            except Refused as reason:
+                self.counts.dropped[str(reason)] += 1
+            except Exception as error:  # whatever a page does to a parser
+                reason = str(error) if isinstance(error, crawl.Failed) else type(error).__name__
+                self.counts.dead[reason] += 1
+                about = {key: record[key] for key in ("id", "url") if key in record}
+                self.letters.append({**about, "reason": reason, "message": str(error)[:500]})
+            else:
+                self.counts.left += 1
+                yield passed
+
+    def finish(self, stage: str, folder: Path, n: int) -> None:
+        """Write the dead letters and, last of all, the counts: then the part is done."""
+        write_part(part(folder, n, ".dead.gz"), self.letters)
+        for kind in ("dropped", "dead"):
+            for reason, count in getattr(self.counts, kind).items():
+                Metrics.counter(stage, f"{kind}: {reason}").inc(count)
+        _write_json(part(folder, n, ".json"), self.counts.plain())
+
+
+def _digest(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+# --- what is done with a part -----------------------------------------------------------------------------------------
+
+
+def read_links(n: int, folder: Path, lists: Sequence[Path], min_score: int) -> None:
+    """List n -> its URLs, canonical, without those that are blocked."""
+
+    def links():
+        for url, score in urls.read_list(lists[n]):
+            low = score is not None and score < min_score
+            yield ({"url": url}, Refused("low score")) if low else {"url": url}
+
+    def address(record):
+        if not record["url"]:
+            raise Refused("no link")
+        return {"url": urls.check(urls.canonical(record["url"]))}
+
+    sieve = Sieve(address)
+    write_part(part(folder, n), sieve(links()))
+    sieve.finish("links", folder, n)
+
+
+def fetch(n: int, folder: Path, source: Path, manners: Manners) -> None:
+    """Part n of the URLs -> a WARC file of their pages."""
+    sieve, addresses = Sieve(), [record["url"] for record in read_part(part(source, n))]
+    found = ((url, page) for url, page in crawl.crawl(addresses, manners))
+    records = (({"url": u}, p) if isinstance(p, Exception) else {"url": u, "page": p} for u, p in found)
+    with _written(part(folder, n, ".warc.gz")) as file:
+        crawl.write_warc(file, ((record["url"], record["page"]) for record in sieve(records)))
+    sieve.finish("pages", folder, n)
+
+
+def read_pages(n: int, folder: Path, warcs: Sequence[Path], language: str | None) -> None:
+    """WARC file n -> the texts of its pages, by id."""
+
+    def pages():
+        for number, record in enumerate(crawl.read_warc(warcs[n])):
+            yield {"id": crawl.identity(f"{record['url']} {warcs[n].name} {number}"), **record}
+
+    def address(record):
+        return {**record, "url": urls.check(urls.canonical(record["url"]))}
+
+    _texts(n, folder, pages(), [address, text.extract], language)
+
+
+def read_documents(n: int, folder: Path, sources: Sequence[Path], field: str, language: str | None) -> None:
+    """File n -> its documents, by id."""
+    name = sources[n].name
+    records = (
+        {"id": crawl.identity(f"{name} {i}"), "url": f"{name}#{i}", "text": document}
+        for i, document in enumerate(files.documents(sources[n], field))
+    )
+    _texts(n, folder, records, [], language)
+
+
+def _texts(n, folder, records, steps, language):
+    judged = [functools.partial(text.english, language=language)] if language else []
+    sieve = Sieve(*steps, text.fix, *judged, text.quality)
+    write_part(part(folder, n), sorted(sieve(records), key=lambda record: record["id"]))
+    sieve.finish("texts", folder, n)
+
+
+def leave_out(n: int, folder: Path, source: Path, same: Path) -> None:
+    """Part n of the texts without those that are named in `same`."""
+    reasons = {record["id"]: record["reason"] for record in read_part(same)}
+
+    def first(record):
+        if record["id"] in reasons:
+            raise Refused(reasons[record["id"]])
+        return record
+
+    sieve = Sieve(first)
+    write_part(part(folder, n), sieve(read_part(part(source, n))))
+    sieve.finish("unique", folder, n)
+
+
+def apart(n: int, folder: Path, source: Path, overlap: duplicates.Overlap) -> None:
+    """Part n of the texts without those that hold n-grams of evaluations, and which of these there were."""
+    seen = []
+
+    def clean(record):
+        hits = overlap.hits(record["text"])
+        seen.append(hits)
+        if len(hits):
+            raise Refused("overlaps an evaluation")
+        return record
+
+    sieve = Sieve(clean)
+    write_part(part(folder, n), sieve(read_part(part(source, n))))
+    with _written(part(folder, n, ".npy")) as file:
+        np.save(file, np.unique(np.concatenate([*seen, np.zeros(0, np.uint64)])))
+    sieve.finish("clean", folder, n)
+
+
+# --- Beam -------------------------------------------------------------------------------------------------------------
+
+
+class EachPart(beam.PTransform):
+    """Numbers of parts -> (number, what was wrong with its input or None), when `work(n)` has written them."""
+
+    def __init__(self, work: Callable[[int], None]):
+        super().__init__()
+        self.work = work
+
+    def expand(self, numbers):
+        def make(n, work):
+            try:
+                work(n)
+            except CorpusError as error:  # which a runner may have no way to hand over
+                return n, str(error)
+            return n, None
+
+        return numbers | beam.Reshuffle() | beam.Map(make, self.work)
+
+
+class Links(beam.PTransform):
+    """Numbers of parts of links -> (part, its URLs and None): all of a host in one part."""
+
+    def __init__(self, source: Path, parts: int):
+        super().__init__()
+        self.source, self.parts = source, parts
+
+    def expand(self, numbers):
+        def of(n, source, parts):
+            for record in read_part(part(source, n)):
+                host = hashlib.blake2b(urls.host(record["url"]).encode(), digest_size=4)
+                yield int(host.hexdigest(), 16) % parts, record["url"]
+
+        found = numbers | beam.FlatMap(of, self.source, self.parts)
+        empty = numbers.pipeline | beam.Create([(n, None) for n in range(self.parts)])
+        return (found, empty) | beam.Flatten() | beam.GroupByKey()
+
+
+class Same(beam.PTransform):
+    """Numbers of parts of texts -> ((id, that of a text which says the same), reason)."""
+
+    def __init__(self, source: Path):
+        super().__init__()
+        self.source = source
+
+    def expand(self, numbers):
+        def keys(n, source):
+            for record in read_part(part(source, n)):
+                yield (b"exact" + duplicates.exact(record["text"])), record["id"]
+                for key in duplicates.bands(record["text"]):
+                    yield (b"near " + key), record["id"]
+
+        def edges(key, ids):
+            reason = "exact duplicate" if key.startswith(b"exact") else "near duplicate"
+            return [(edge, reason) for edge in duplicates.pairs(ids)]
+
+        return numbers | beam.FlatMap(keys, self.source) | beam.GroupByKey() | beam.FlatMapTuple(edges)
+
+
+def _write_same(edges, path: Path) -> None:
+    """(id, reason, the text that stays) for each one that goes."""
+    edges = sorted(set(edges))
+    exact = {b for (_, b), reason in edges if reason == "exact duplicate"}
+    stays = duplicates.components(edge for edge, _ in edges)
+    write_part(
+        path,
+        (
+            {"id": x, "reason": "exact duplicate" if x in exact else "near duplicate", "same": stays[x]}
+            for x in sorted(stays)
+        ),
+    )
+
+
+def _write_links(n: int, addresses: Iterable[str | None], folder: Path) -> None:
+    """A part of the links, each once, in the order of their ids."""
+
+    def links():
+        before = None
+        for url in sorted((url for url in addresses if url is not None), key=lambda url: (crawl.identity(url), url)):
+            yield {"url": url} if url != before else ({"url": url}, Refused("duplicate"))
+            before = url
+
+    sieve = Sieve()
+    write_part(part(folder, n), sieve(links()))
+    sieve.finish("urls", folder, n)
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """The stages of one run in `folder`, one after the other."""
+
+    def __init__(self, folder: Path, options: Sequence[str], progress: bool):
+        self.folder, self.options, self.progress = folder, list(options), progress
+        self.before, self.funnel = "", []
+
+    def stage(self, name: str, made: dict, n: int, work) -> Path:
+        """Make the n parts of a stage by `work(folder, numbers of those that are not there)`.
+
+        `made` says what the stage depends on beside the stage before: parts that were made otherwise are removed.
+        """
+        folder = self.folder / f"{len(self.funnel) + 1}-{name}"
+        made = [VERSION, self.before, name, made, n]
+        self.before = _digest(made)
+        stamp = folder / "made.json"
+        if not (stamp.exists() and json.loads(stamp.read_text())["hash"] == self.before):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            _write_json(stamp, {"hash": self.before, "made": made})
+        missing = [i for i in range(n) if not part(folder, i, ".json").exists()]
+        if missing:
+            for left in folder.glob(".*.part"):
+                left.unlink(missing_ok=True)
+            with self._watched(name, folder, n):
+                work(folder, missing)
+        counts = Counts()
+        for i in range(n):
+            read = json.loads(part(folder, i, ".json").read_text())
+            own = Counts(read["entered"], read["left"], Counter(read["dropped"]), Counter(read["dead"]))
+            own.check(part(folder, i))
+            counts += own
+        if self.funnel and self.funnel[-1]["left"] != counts.entered:
+            raise CorpusError(f"{folder}: {counts.entered} of {self.funnel[-1]['left']} records came in; run again")
+        self.funnel.append({"stage": name, **counts.plain()})
+        return folder
+
+    def each(self, folder: Path, numbers: Iterable[int], work) -> None:
+        """`work(n, folder=folder)` for each number, on Beam."""
+        errors = folder / "errors.json"
+        errors.unlink(missing_ok=True)
+        with self.pipeline() as pipeline:
+            made = pipeline | beam.Create(list(numbers)) | EachPart(functools.partial(work, folder=folder))
+            wrong = made | beam.Filter(lambda item: item[1] is not None) | beam.combiners.ToList()
+            wrong | beam.Map(lambda items, path: _write_json(path, sorted(items)), errors)
+        if found := json.loads(errors.read_text()):
+            raise CorpusError(found[0][1])
+
+    def pipeline(self) -> beam.Pipeline:
+        return beam.Pipeline(options=PipelineOptions(self.options))
+
+    @contextlib.contextmanager
+    def _watched(self, name: str, folder: Path, n: int):
+        """A progress bar of the parts that are done; what Beam's processes have to say goes to beam.log."""
+        ended = threading.Event()
+
+        def done():
+            return sum(part(folder, i, ".json").exists() for i in range(n))
+
+        with _said(self.folder / "beam.log") as screen:
+            with tqdm(total=n, desc=name, unit=" parts", disable=not self.progress, file=screen) as bar:
+
+                def watch():
+                    while not ended.wait(0.5):
+                        bar.update(done() - bar.n)
+
+                thread = threading.Thread(target=watch, daemon=True)
+                thread.start()
+                try:
+                    yield
+                finally:
+                    ended.set()
+                    thread.join()
+                    bar.update(done() - bar.n)
+
+
+@contextlib.contextmanager
+def _said(path: Path):
+    """Standard error goes to a file, of processes that are started as well; gives a stream that still reaches it."""
+    saved = os.dup(2)
+    try:
+        own = sys.stderr.fileno() == 2
+    except (OSError, ValueError, AttributeError):  # of a notebook
+        own = False
+    with path.open("ab") as log, open(saved, "w", buffering=1) as screen:
+        sys.stderr.flush()
+        os.dup2(log.fileno(), 2)
+        try:
+            yield screen if own else sys.stderr
+        finally:
+            os.dup2(saved, 2)
+
+
+def run(
+    folder: str | PathLike,
+    *,
+    lists: Sequence[str | PathLike] = (),
+    warcs: Sequence[str | PathLike] = (),
+    source: str | PathLike | None = None,
+    parts: int = PARTS,
+    min_score: int = urls.MIN_SCORE,
+    manners: Manners = Manners(),  # noqa: B008, frozen
+    language: str | None = "en",
+    text_field: str = "text",
+    packages: Collection[str] | None = None,
+    evaluations: dict[str, list[str]] | None = None,
+    n_gram: int = 13,
+    options: Sequence[str] = LOCAL,
+    progress: bool = True,
+) -> dict:
+    """Clean text in `folder`, from one of: lists of URLs, which are fetched; WARC files; a folder of text files.
+
+    Args:
+        lists: files of URLs, see `urls.read_list`; links below `min_score` are left out.
+        warcs: WARC files of pages that were fetched before, by whomever.
+        source: what `files.documents` reads, with its `text_field`; or "docstrings", of all packages or `packages`.
+        parts: in how many the URLs are cut, by host.
+        manners: how pages are fetched.
+        language: of the texts to keep; None: any.
+        evaluations: name -> texts; documents that share an `n_gram` of words with one of them are left out.
+        options: Beam's, such as ["--runner=FlinkRunner", "--flink_master=..."]; the folder must be shared then.
+        progress: show a bar for each stage.
+
+    Returns: `texts`, the folder of the last stage, of which `corpus.build` makes a corpus; `funnel`, for each stage the
+        records that `entered` and were `left`, and those `dropped` and `dead` by reason; `overlap`, the share of each
+        evaluation's n-grams that the texts had; `same`, a file of the duplicates. CorpusError for input that cannot be
+        read.
+    """
+    if sum(map(bool, (lists, warcs, source))) != 1:
+        raise CorpusError("give one of lists (of URLs), warcs and source (a folder of texts)")
+    lists, warcs = [Path(p).resolve() for p in lists], [Path(p).resolve() for p in warcs]
+    for path in (*lists, *warcs):
+        if not path.is_file():
+            raise CorpusError(f"the file {path} does not exist")
+    this = Run(Path(folder).resolve(), options, progress)
+    this.folder.mkdir(parents=True, exist_ok=True)
+    if source == "docstrings":
+        source = this.folder / f"docstrings-{_digest(docstrings.installed(packages))[:8]}"
+        if not part(source, parts - 1).exists():
+            source.mkdir(exist_ok=True)
+            texts = list(docstrings.docstrings(packages))
+            for n in range(parts):
+                write_part(part(source, n), ({"text": text} for text in texts[n::parts]))
+    if lists:
+        made = {"lists": [files.described(p, p.name) for p in lists], "min_score": min_score}
+        work = functools.partial(read_links, lists=lists, min_score=min_score)
+        links = this.stage("links", made, len(lists), functools.partial(this.each, work=work))
+
+        def unique(folder, _):
+            with this.pipeline() as pipeline:
+                grouped = pipeline | beam.Create(range(len(lists))) | Links(links, parts)
+                grouped | beam.MapTuple(functools.partial(_write_links, folder=folder))
+
+        addresses = this.stage("urls", {}, parts, unique)
+        work = functools.partial(fetch, source=addresses, manners=manners)
+        fetched = this.stage("pages", asdict(manners), parts, functools.partial(this.each, work=work))
+        warcs, made = [part(fetched, n, ".warc.gz") for n in range(parts)], []
+    else:
+        made = [files.described(p, p.name) for p in warcs] if warcs else files.describe(source)
+    if warcs:
+        n, work = len(warcs), functools.partial(read_pages, warcs=warcs, language=language)
+    else:
+        sources = files.text_files(source)
+        n, work = len(sources), functools.partial(read_documents, sources=sources, field=text_field, language=language)
+    made = {"files": made, "language": language, "field": text_field}
+    texts = this.stage("texts", made, n, functools.partial(this.each, work=work))
+
+    def compare(folder, missing):
+        same = folder / "same.gz"
+        if not same.exists():
+            with this.pipeline() as pipeline:
+                edges = pipeline | beam.Create(range(n)) | Same(texts) | beam.combiners.ToList()
+                edges | beam.Map(_write_same, same)
+        this.each(folder, missing, functools.partial(leave_out, source=texts, same=same))
+
+    last = this.stage("unique", {}, n, compare)
+    result = {"same": last / "same.gz", "overlap": {}}
+    if evaluations:
+        overlap = duplicates.Overlap(evaluations, n_gram)
+        made = {
+            "n": n_gram,
+            "evaluations": {
+                name: hashlib.sha256("\0".join(t).encode()).hexdigest() for name, t in sorted(evaluations.items())
+            },
+        }
+        work = functools.partial(apart, source=last, overlap=overlap)
+        last = this.stage("clean", made, n, functools.partial(this.each, work=work))
+        hits = np.unique(np.concatenate([np.load(part(last, i, ".npy")) for i in range(n)]))
+        result["overlap"] = overlap.shares(hits)
+    return {**result, "texts": last, "funnel": this.funnel}

@@ -1,0 +1,493 @@
+"""A small web on this machine, crawled from a list of URLs to clean text, and the rules of every stage."""
+
+import bz2
+import contextlib
+import gzip
+import http.server
+import json
+import lzma
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+for package in ("apache_beam", "aiohttp", "protego", "trafilatura", "warcio", "zstandard"):
+    pytest.importorskip(package)
+
+import zstandard  # noqa: E402
+
+from gpt2lib import corpus  # noqa: E402
+from gpt2lib.corpus import crawl, duplicates, files, pipeline, text, urls  # noqa: E402
+from gpt2lib.corpus.urls import Refused  # noqa: E402
+from gpt2lib.data import CorpusError  # noqa: E402
+
+pytestmark = pytest.mark.backend_free
+
+NOUNS = """river mountain garden letter window teacher market winter engine sailor village harbour forest kitchen
+painter doctor bridge island journal melody captain orchard library station lantern valley meadow printer soldier mirror
+basket carpet dinner festival glacier hammer iron jacket kettle ladder museum needle ocean pepper quarry ribbon saddle
+temple""".split()
+VERBS = "follows carries answers crosses watches repairs forgets measures praises borrows finds teaches".split()
+KINDS = "quiet narrow golden bitter early distant hollow gentle crooked silver patient wooden modern ancient".split()
+
+
+def article(seed: int, sentences: int = 30) -> list[str]:
+    """Sentences of words drawn at random."""
+    pick, out = random.Random(seed), []
+    for _ in range(sentences):
+        (a, b, c, d), (k, m), v = pick.choices(NOUNS, k=4), pick.choices(KINDS, k=2), pick.choice(VERBS)
+        out.append(
+            pick.choice(
+                [
+                    f"The {k} {a} {v} the {b} of the {c}, and that is what the {m} {d} has to be.",
+                    f"With the {a} and the {b}, the {k} {c} {v} a {m} {d} that nobody can see.",
+                    f"It is said to be of the {k} {a} that the {b} {v} with the {m} {c} of a {d}.",
+                    f"They have the {a}, the {k} {b} and a {m} {c}, to be with the {d} that {v}.",
+                ]
+            )
+        )
+    return out
+
+
+def changed(sentences: list[str]) -> list[str]:
+    """Nearly the same: one word is another one."""
+    return [*sentences[:7], sentences[7].replace(" the ", " another ", 1), *sentences[8:]]
+
+
+def page(sentences: list[str], head: str = "") -> str:
+    body = "".join(f"<p>{' '.join(sentences[i : i + 5])}</p>\n" for i in range(0, len(sentences), 5))
+    menu = "".join(f'<li><a href="/{i}">Section {i}</a></li>' for i in range(5))
+    return (
+        f"<!DOCTYPE html><html><head><title>A title</title>{head}</head><body><nav><ul>{menu}</ul></nav><article>"
+        f"<h1>A title</h1>\n{body}</article><footer>Copyright, all rights reserved</footer></body></html>"
+    )
+
+
+# --- the web ----------------------------------------------------------------------------------------------------------
+
+SITES, ARTICLES = 12, 25  # 127.0.1.1 to 127.0.1.12, /a/0 to /a/24
+GERMAN = ["Der Garten hinter dem Haus ist im Winter leer, und die Leute gehen nicht hin, weil es zu kalt ist."] * 2 + [
+    f"Im Jahr {year} kamen die Menschen aus dem Dorf in die Stadt, um dort Arbeit und eine Wohnung zu finden."
+    for year in range(1900, 1920)
+]
+LATIN = [
+    s.replace("garden", "caf\u00e9").replace("river", "Z\u00fcrich").replace("The", "Na\u00efve") for s in article(7001)
+]
+EVALUATION = [s.replace(" the ", " the same ").replace(" a ", " a certain ") for s in article(9001, 4)]
+
+
+def answer(site: int, path: str) -> tuple[int, dict, bytes]:
+    """What a server of the web says: status, headers, body."""
+    kind, _, rest = path.partition("?")[0].lstrip("/").partition("/")
+    html = {"Content-Type": "text/html; charset=utf-8"}
+    pages = {
+        "a": lambda: article(100 * site + int(rest)),
+        "copy": lambda: article(100 + int(rest)),
+        "near": lambda: changed(article(100 + int(rest))),
+        "huge": lambda: ["x" * 3_000_000],
+        "german": lambda: GERMAN,
+        "short": lambda: ["Only this."],
+        "again": lambda: ["It is said to be of the same line that they have with it."] * 60,
+        "evaluation": lambda: [*article(7002), *EVALUATION, *article(7003)],
+        "private": lambda: article(7004),
+    }
+    if kind == "robots.txt":
+        rules = b"User-agent: *\nDisallow: /private/\n"
+        return {2: 503, 3: 404}.get(site, 200), {"Content-Type": "text/plain"}, rules
+    if kind in pages:
+        return 200, html, page(pages[kind]()).encode()
+    if kind == "slow":
+        time.sleep(3)
+    return {
+        "moved": (301, {"Location": f"/a/{rest}"}, b""),
+        "loop": (302, {"Location": "/loop/1" if rest == "0" else "/loop/0"}, b""),
+        "inside": (302, {"Location": "http://10.0.0.1/secret"}, b""),
+        "bomb": (200, {**html, "Content-Encoding": "gzip"}, gzip.compress(b"x" * 30_000_000)),
+        "latin": (200, html, page(LATIN, '<meta charset="iso-8859-1">').encode("iso-8859-1")),  # which is not utf-8
+        "empty": (200, html, b""),
+        "broken": (503, html, b""),
+        "picture": (200, {"Content-Type": "image/png"}, b"\x89PNG"),
+    }.get(kind, (404, html, b"not here"))
+
+
+@pytest.fixture(scope="module")
+def web():
+    """The port of the web, and what was asked of it: the requests, and how many of one host overlapped."""
+    seen, inside, lock = {"requests": [], "overlaps": 0}, {}, threading.Lock()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self):
+            host = self.headers["Host"].partition(":")[0]
+            slow = "/slow/" in self.path  # given up by the crawler before it ends
+            with lock:
+                inside[host] = inside.get(host, 0) + (not slow)
+                seen["overlaps"] += inside[host] > 1
+                seen["requests"].append((host, self.path))
+            try:
+                status, headers, body = answer(int(host.rpartition(".")[2]), self.path)
+                with lock:
+                    inside[host] -= not slow
+                self.send_response(status)
+                for key, value in {**headers, "Content-Length": str(len(body))}.items():
+                    self.send_header(key, value)
+                self.end_headers()
+                self.wfile.write(body)
+            except OSError:  # it has gone
+                pass
+
+        def handle(self):
+            with contextlib.suppress(ConnectionResetError):
+                super().handle()
+
+        def log_message(self, *_):
+            pass
+
+    try:
+        http.server.HTTPServer(("127.0.1.1", 0), Handler).server_close()  # not every system has all of 127.0.0.0/8
+    except OSError:
+        pytest.skip("127.0.1.1 is no address of this system")
+    server = http.server.ThreadingHTTPServer(("0.0.0.0", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server.server_address[1], seen
+    server.shutdown()
+    server.server_close()
+
+
+MANNERS = crawl.Manners(
+    pause=0.0, timeout=1.0, tries=2, max_bytes=1_000_000, max_redirects=3, allowed=("127.0.1.0/24",)
+)
+
+
+def addresses(port: int) -> list[str]:
+    def at(site, path):
+        return f"http://127.0.1.{site}:{port}{path}"
+
+    out = [at(site, f"/a/{i}") for site in range(1, SITES + 1) for i in range(ARTICLES)]
+    out += [at(1, f"/a/{i}?utm_source=x#top") for i in range(5)] + [at(1, "/a/0")]
+    out += [at(4, f"/copy/{i}") for i in range(5)] + [at(5, f"/moved/{i}") for i in range(5)]
+    out += [at(6, f"/near/{i}") for i in range(5, 13)]
+    out += [at(1, f"/{kind}/0") for kind in ("loop", "inside", "slow", "huge", "bomb")]
+    out += [at(7, f"/{kind}/0") for kind in ("latin", "german", "short", "again", "empty", "broken", "picture")]
+    out += [at(8, "/private/0"), at(8, "/evaluation/0"), at(9, "/none/0"), at(9, "/none/1")]
+    out += ["http://10.0.0.1/", "http://169.254.169.254/latest/meta-data", "http://[::1]/", "http://0xA9FEA9FE/"]
+    out += [
+        "http://localhost/",
+        "file:///etc/passwd",
+        "javascript:alert(1)",
+        "http://me:secret@127.0.1.1/a/1",
+        "http://",
+    ]
+    out += ["https://en.wikipedia.org/wiki/GPT-2", "http://a.example/film.mp4", "http://a.example/x.PDF?page=1"]
+    random.Random(5).shuffle(out)
+    return out
+
+
+FUNNEL = {
+    "links": ({"neither http nor https": 2, "with a user's name": 1, "malformed": 1, "blocked domain": 1,
+               "blocked type of file": 2}, {}),
+    "urls": ({"duplicate": 6}, {}),
+    "pages": ({"too many redirects": 1, "private address": 6, "too large": 2, "not HTML": 1, "status 404": 2,
+               "forbidden by robots.txt": 1}, {"timeout": 1, "status 503": 1, "robots.txt cannot be had": ARTICLES}),
+    "texts": ({"another language": 1, "too short": 2, "no HTML": 1}, {}),
+    "unique": ({"exact duplicate": 10, "near duplicate": 8}, {}),
+    "clean": ({"overlaps an evaluation": 1}, {}),
+}  # fmt: skip
+
+
+def crawled(folder, port, **options):
+    folder.mkdir(exist_ok=True)
+    (folder / "urls.txt").write_text("\n".join(addresses(port)) + "\n")
+    evaluations = {
+        "invented": [" ".join(EVALUATION)],
+        "other": [" ".join(reversed(EVALUATION)).replace("same", "other")],
+    }
+    options = {"options": ["--runner=DirectRunner"], "parts": 4, **options}
+    lists = [folder / "urls.txt"]
+    return pipeline.run(
+        folder / "run", lists=lists, manners=MANNERS, progress=False, evaluations=evaluations, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def result(web, tmp_path_factory):
+    """Of one crawl, with its `seconds` and its `folder`."""
+    folder = tmp_path_factory.mktemp("crawl")
+    began = time.perf_counter()
+    found = crawled(folder, web[0])
+    return {**found, "seconds": time.perf_counter() - began, "folder": folder / "run"}
+
+
+def test_from_urls_to_clean_text(web, result):
+    """The exact funnel, and a text for each article in its own characters."""
+    _, seen = web
+    assert result["seconds"] < 60
+    for row, (name, (dropped, dead)) in zip(result["funnel"], FUNNEL.items(), strict=True):
+        assert (row["stage"], row["dropped"], row["dead"]) == (name, dropped, dead)
+        assert row["entered"] == row["left"] + sum(dropped.values()) + sum(dead.values())
+    texts = list(files.documents(result["texts"]))
+    assert len(texts) == result["funnel"][-1]["left"] == (SITES - 1) * ARTICLES + 1
+    assert any("caf\u00e9" in text and "Z\u00fcrich" in text for text in texts)
+    assert not any("Section" in text or "Copyright" in text for text in texts)
+    assert not seen["overlaps"], "one connection to a host at a time"
+    assert not any(path.startswith("/private") for _, path in seen["requests"])
+    assert result["overlap"] == {"invented": 1.0, "other": 0.0}
+    letters = [r for path in sorted((result["folder"] / "3-pages").glob("*.dead.gz")) for r in pipeline.read_part(path)]
+    assert sorted({r["reason"] for r in letters}) == ["robots.txt cannot be had", "status 503", "timeout"]
+    assert len(letters) == ARTICLES + 2 and all(r["url"].startswith("http://127.0.1.") for r in letters)
+
+
+def test_a_second_run_asks_for_nothing(web, result):
+    port, seen = web
+    before = len(seen["requests"])
+    again = crawled(result["folder"].parent, port)
+    assert again["funnel"] == result["funnel"] and len(seen["requests"]) == before
+
+
+def written(folder) -> dict[str, bytes]:
+    """What the stages after fetching wrote, without their names' numbers."""
+    kinds = ("part-*.jsonl.gz", "part-*.dead.gz", "part-*[0-9].json", "same.gz")
+    names = ("texts", "unique")
+    paths = [path for name in names for kind in kinds for path in folder.glob(f"*-{name}/{kind}")]
+    return {f"{path.parent.name[2:]}/{path.name}": path.read_bytes() for path in paths}
+
+
+def warcs(result):
+    return sorted((result["folder"] / "3-pages").glob("*.warc.gz"))
+
+
+def test_the_number_of_workers_changes_nothing(result, tmp_path, capfd):
+    pipeline.run(tmp_path / "two", warcs=warcs(result), progress=False)  # a process for each core
+    assert written(tmp_path / "two") == written(result["folder"])
+    assert capfd.readouterr() == ("", ""), "what Beam has to say is in a file"
+
+
+def test_killed_runs_go_on(result, tmp_path):
+    """SIGKILL at random moments, until a run ends by itself."""
+    program = (
+        "import sys; from gpt2lib.corpus import pipeline; pipeline.run(sys.argv[1], warcs=sys.argv[2:], progress=False)"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "run"), *map(str, warcs(result))]
+    pick, kills = random.Random(3), 0
+    for limit in [pick.uniform(2, 7) for _ in range(3)] + [300]:
+        child = subprocess.Popen(command, env={**os.environ, "KERAS_BACKEND": "jax"})
+        try:
+            assert child.wait(limit) == 0
+            break
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+            kills += 1
+    assert kills and written(tmp_path / "run") == written(result["folder"])
+    assert not list((tmp_path / "run").rglob(".*.part"))
+
+
+def test_other_parameters_make_it_anew(result, tmp_path):
+    first = pipeline.run(tmp_path / "run", warcs=warcs(result), progress=False, options=["--runner=DirectRunner"])
+    other = pipeline.run(
+        tmp_path / "run", warcs=warcs(result), progress=False, options=["--runner=DirectRunner"], language=None
+    )
+    assert first["funnel"][0]["dropped"]["another language"] == 1
+    assert "another language" not in other["funnel"][0]["dropped"]
+
+
+def test_a_corpus_of_it(result, tmp_path):
+    manifest = corpus.build(tmp_path / "corpus", result["texts"], n_vocab=300, progress=False)
+    assert sum(s["documents"] for split in manifest["splits"].values() for s in split) == result["funnel"][-1]["left"]
+
+
+def test_docstrings_go_through_the_same(tmp_path):
+    result = pipeline.run(
+        tmp_path, source="docstrings", packages=["numpy"], parts=2, progress=False, options=["--runner=DirectRunner"]
+    )
+    texts, unique = result["funnel"]
+    assert texts["entered"] > 500 and texts["dropped"]["too short"] > 0 and unique["dropped"]["near duplicate"] > 0
+    left = list(files.documents(result["texts"]))
+    assert len({duplicates.exact(document) for document in left}) == len(left) == unique["left"]
+    assert min(map(len, left)) >= text.MIN_CHARACTERS
+
+
+# --- the rules --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "url, expected",
+    [
+        ("HTTP://Example.COM:80/a/../b?utm_source=x&b=2&a=1#frag", "http://example.com/b?a=1&b=2"),
+        ("https://example.com", "https://example.com/"),
+        ("http://example.com./x", "http://example.com/x"),
+        ("http://[2001:db8::1]:8080/x", "http://[2001:db8::1]:8080/x"),
+        (" https://a.example/c?fbclid=1 ", "https://a.example/c"),
+        ("ftp://example.com/a", Refused),
+        ("javascript:alert(1)", Refused),
+        ("http://user:secret@example.com/", Refused),
+        ("http://example.com:99999/", Refused),
+        ("http:///a", Refused),
+        ("", Refused),
+    ],
+)
+def test_canonical_urls(url, expected):
+    if expected is Refused:
+        with pytest.raises(Refused):
+            urls.canonical(url)
+    else:
+        assert urls.canonical(url) == expected == urls.canonical(expected)
+
+
+def test_blocked_urls():
+    for url in (
+        "http://en.wikipedia.org/x",
+        "http://wikipedia.org/",
+        "http://a.example/b.JPG",
+        "http://a.example/b.pd%66",
+    ):
+        with pytest.raises(Refused):
+            urls.check(url)
+    for url in ("http://notwikipedia.org/x", "http://a.example/b.html", "http://a.example/jpg"):
+        assert urls.check(url) == url
+
+
+def test_lists_of_urls(tmp_path):
+    """One a line or as Pushshift has them, packed in any way."""
+    plain = "http://a.example/\n\nhttp://b.example/x\n"
+    shift = (
+        '{"url": "http://a.example/", "score": 7}\n{"url": "http://b.example/", "score": 1}\n'
+        '{"url": "https://www.reddit.com/r/x", "is_self": true, "score": 50}\n'
+    )
+    packers = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstandard.compress}
+    for suffix, pack in packers.items():
+        (tmp_path / f"list.txt{suffix}").write_bytes(pack(plain.encode()))
+        assert list(urls.read_list(tmp_path / f"list.txt{suffix}")) == [
+            ("http://a.example/", None),
+            ("http://b.example/x", None),
+        ]
+        (tmp_path / f"RS_2011-01{suffix}").write_bytes(pack(shift.encode()))
+        found = list(urls.read_list(tmp_path / f"RS_2011-01{suffix}"))
+        assert found == [("http://a.example/", 7), ("http://b.example/", 1), ("", 50)]
+    pipeline.read_links(0, tmp_path, [tmp_path / "RS_2011-01.zst"], 3)
+    counts = json.loads((tmp_path / "part-00000.json").read_text())
+    assert counts == {"entered": 3, "left": 1, "dropped": {"low score": 1, "no link": 1}, "dead": {}}
+    (tmp_path / "cut.xz").write_bytes(lzma.compress(plain.encode())[:-20])
+    with pytest.raises(CorpusError, match=r"cut\.xz, after line \d+: this list of URLs cannot be read"):
+        list(urls.read_list(tmp_path / "cut.xz"))
+
+
+GOOD = "\n".join(article(1, 20))
+
+
+@pytest.mark.parametrize(
+    "reason, body",
+    [
+        (None, GOOD),
+        ("too short", GOOD[:500]),
+        ("too short", "a" * 600),
+        ("too long", GOOD * 800),
+        ("words too short or long", "of the " + "ab " * 300),
+        ("symbols", GOOD.replace(" ", " # ", 60)),
+        ("a list", "\n".join(f"- {line}" for line in GOOD.splitlines())),
+        ("cut lines", "\n".join(line.rstrip(".") + "\u2026" for line in GOOD.splitlines()[:3] * 3)),
+        ("not made of words", GOOD + " 1234" * 200),
+        ("no sentences", " ".join(NOUNS * 4)),
+        ("repeated lines", GOOD + ("\n" + GOOD.splitlines()[0]) * 10),
+    ],
+)
+def test_quality(reason, body):
+    if reason is None:
+        assert text.quality({"text": body}) == {"text": body}
+    else:
+        with pytest.raises(Refused, match=f"^{reason}$"):
+            text.quality({"text": body})
+
+
+def test_encodings_are_put_right():
+    broken = "na\u00efve caf\u00e9 \u2014 quoted".encode().decode("cp1252")
+    assert text.fix({"text": f"{broken}  \r\nx\x07"}) == {"text": "na\u00efve caf\u00e9 \u2014 quoted\nx"}
+
+
+# --- duplicates -------------------------------------------------------------------------------------------------------
+
+
+def overlapping(similarity: float, random_, n: int = 600) -> tuple[str, str, float]:
+    """Two texts of n words, the first of which they share, and the Jaccard similarity of their sets of 5 words."""
+    shared = round(n * 2 * similarity / (1 + similarity))
+    a = [f"w{x}" for x in random_.integers(10**9, size=n)]
+    b = a[:shared] + [f"v{x}" for x in random_.integers(10**9, size=n - shared)]
+    sets = [set(zip(*(words[i:] for i in range(duplicates.SHINGLE)), strict=False)) for words in (a, b)]
+    return " ".join(a), " ".join(b), len(sets[0] & sets[1]) / len(sets[0] | sets[1])
+
+
+@pytest.mark.parametrize("similarity", [0.3, 0.6, 0.7, 0.8, 0.9])
+def test_minhash_finds_as_many_as_theory_says(similarity):
+    random_ = np.random.default_rng(round(100 * similarity))
+    pairs = [overlapping(similarity, random_) for _ in range(100)]
+    estimates = [np.mean(duplicates.signature(a) == duplicates.signature(b)) - true for a, b, true in pairs]
+    count, true = duplicates.BANDS * duplicates.ROWS, pairs[0][2]
+    deviation = (true * (1 - true) / count) ** 0.5  # of one estimate
+    assert abs(np.mean(estimates)) < 4 * deviation / 10 and np.std(estimates) < 1.5 * deviation
+    found = np.mean([bool(set(duplicates.bands(a)) & set(duplicates.bands(b))) for a, b, _ in pairs])
+    expected = 1 - (1 - true**duplicates.ROWS) ** duplicates.BANDS
+    assert abs(found - expected) < 4 * (expected * (1 - expected) / 100) ** 0.5 + 0.01
+
+
+def test_what_counts_as_the_same():
+    assert duplicates.exact("The  quick, brown fox!") == duplicates.exact("the quick brown\nfox")
+    assert duplicates.exact("Caf\u00e9") == duplicates.exact("cafe") != duplicates.exact("coffee")
+    assert duplicates.bands("") != duplicates.bands("a") and len(set(duplicates.bands("a"))) == duplicates.BANDS
+
+
+def test_components():
+    edges = [("b", "a"), ("c", "b"), ("x", "y"), ("e", "d"), ("d", "c"), ("x", "x")]
+    assert duplicates.components(edges) == {"b": "a", "c": "a", "d": "a", "e": "a", "y": "x"}
+
+
+def test_overlap_with_evaluations():
+    """Against a literal count of n-grams."""
+    first, second = " ".join(article(11, 6)), " ".join(article(12, 6))
+    text_ = " ".join([*article(13, 5), *article(11, 6)[2:4], *article(14, 5)])
+    overlap = duplicates.Overlap({"first": [first], "second": [second], "tiny": ["a few words"]}, n=8)
+
+    def grams(string):
+        words = duplicates.words(string)
+        return {tuple(words[i : i + 8]) for i in range(len(words) - 7)}
+
+    shares = overlap.shares(overlap.hits(text_))
+    literal = {k: len(grams(t) & grams(text_)) / len(grams(t)) for k, t in (("first", first), ("second", second))}
+    assert shares == pytest.approx({**literal, "tiny": 0.0}) and 0 < shares["first"] < 1
+    assert not len(overlap.hits("a few words"))
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_a_page_that_breaks_a_parser_is_kept_with_the_reason(tmp_path):
+    def step(record):
+        return {**record, "text": 1 / record["x"]}
+
+    sieve = pipeline.Sieve(step)
+    assert [r["text"] for r in sieve([{"id": "a", "x": 1}, {"id": "b", "x": 0}, {"id": "c", "x": 2}])] == [1, 0.5]
+    sieve.finish("texts", tmp_path, 0)
+    assert list(pipeline.read_part(tmp_path / "part-00000.dead.gz")) == [
+        {"id": "b", "reason": "ZeroDivisionError", "message": "division by zero"}
+    ]
+
+
+def test_bad_input_is_one_sentence(result, tmp_path):
+    local = {"progress": False, "options": ["--runner=DirectRunner"]}
+    with pytest.raises(CorpusError, match="give one of lists"):
+        pipeline.run(tmp_path / "a", **local)
+    with pytest.raises(CorpusError, match=r"the file .*nowhere\.txt does not exist"):
+        pipeline.run(tmp_path / "a", lists=[tmp_path / "nowhere.txt"], **local)
+    (tmp_path / "cut.warc.gz").write_bytes(warcs(result)[0].read_bytes()[:5000])
+    (tmp_path / "text.warc").write_text("no WARC\n" * 10)
+    for name, reason in (
+        ("text.warc", "is not a WARC file that can be read"),
+        ("cut.warc.gz", "is cut off in the middle"),
+    ):
+        with pytest.raises(CorpusError, match=f"{name} {reason}"):
+            pipeline.run(tmp_path / "b", warcs=[tmp_path / name], **local)
