@@ -198,7 +198,7 @@ def read_documents(n: int, folder: Path, sources: Sequence[Path], field: str, la
 
 def _texts(n, folder, records, steps, language):
     judged = [functools.partial(text.english, language=language)] if language else []
-    sieve = Sieve(*steps, text.fix, *judged, text.quality)
+    sieve = Sieve(*steps, text.fix, text.quality, *judged)
     write_part(part(folder, n), sorted(sieve(records), key=lambda record: record["id"]))
     sieve.finish("texts", folder, n)
 
