@@ -2,12 +2,14 @@
 
 import bz2
 import contextlib
+import dataclasses
 import gzip
 import http.server
 import json
 import lzma
 import os
 import random
+import socket
 import subprocess
 import sys
 import threading
@@ -252,7 +254,7 @@ def test_a_second_run_asks_for_nothing(web, result):
 
 def written(folder) -> dict[str, bytes]:
     """What the stages after fetching wrote, without their names' numbers."""
-    kinds = ("part-*.jsonl.gz", "part-*.dead.gz", "part-*[0-9].json", "same.gz")
+    kinds = ("part-*.jsonl.gz", "part-*.dead.gz", "part-*[0-9].json", "part-*.same.gz")
     names = ("texts", "unique")
     paths = [path for name in names for kind in kinds for path in folder.glob(f"*-{name}/{kind}")]
     return {f"{path.parent.name[2:]}/{path.name}": path.read_bytes() for path in paths}
@@ -304,7 +306,7 @@ def test_a_corpus_of_it(result, tmp_path):
 
 def test_docstrings_go_through_the_same(tmp_path):
     result = pipeline.run(
-        tmp_path, source="docstrings", packages=["numpy"], parts=2, progress=False, options=["--runner=DirectRunner"]
+        tmp_path, source="docstrings", packages=["numpy"], progress=False, options=["--runner=DirectRunner"]
     )
     texts, unique = result["funnel"]
     assert texts["entered"] > 500 and texts["dropped"]["too short"] > 0 and unique["dropped"]["near duplicate"] > 0
@@ -351,6 +353,44 @@ def test_blocked_urls():
             urls.check(url)
     for url in ("http://notwikipedia.org/x", "http://a.example/b.html", "http://a.example/jpg"):
         assert urls.check(url) == url
+
+
+def test_private_addresses():
+    """Also those that are written inside an IPv6 address."""
+    manners = crawl.Manners()
+    for address in ("8.8.8.8", "2606:4700:4700::1111", "64:ff9b::808:808", "2002:808:808::1"):
+        assert manners.reachable(address), address
+    for address in (
+        "127.0.0.1 10.1.2.3 172.16.0.1 192.168.1.1 169.254.169.254 100.64.0.1 0.0.0.0 224.0.0.1 255.255.255.255 ::1 :: "
+        "fe80::1 fe80::1%eth0 fc00::1 ff02::1 ::ffff:10.0.0.1 ::ffff:127.0.0.1 64:ff9b::a00:1 2002:a00:1::1"
+    ).split():
+        assert not manners.reachable(address), address
+    assert crawl.Manners(allowed=("10.0.0.0/8",)).reachable("10.1.2.3")
+
+
+def test_a_name_that_leads_inside(monkeypatch):
+    """What counts is the address to which a name resolves when it is connected to."""
+
+    def inside(host, port, *_, **__):
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("10.0.0.1", port or 80))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", inside)
+    found = {}
+    crawl.crawl(["http://harmless.example/a"], crawl.Manners(pause=0.0, tries=1), found.__setitem__)
+    assert repr(found["http://harmless.example/a"]) == repr(Refused("private address"))
+
+
+def test_hosts_that_do_not_answer_or_have_too_much(web):
+    port, _ = web
+    slow = [f"http://127.0.1.11:{port}/slow/{i}" for i in range(5)]
+    many = [f"http://127.0.1.12:{port}/a/{i}" for i in range(5)]
+    manners = dataclasses.replace(MANNERS, timeout=0.3, tries=1, patience=2, per_host=4)
+    found = {}
+    crawl.crawl(slow + many, manners, found.__setitem__)
+    assert [str(found[url]) for url in slow] == ["timeout"] * 2 + ["the host does not answer"] * 2 + [
+        "too many of one host"
+    ]
+    assert [type(found[url]) for url in many] == [crawl.Page] * 4 + [Refused]
 
 
 def test_lists_of_urls(tmp_path):

@@ -10,7 +10,7 @@ import io
 import ipaddress
 import socket
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
@@ -29,6 +29,7 @@ from gpt2lib.data import CorpusError
 
 HTML = ("text/html", "application/xhtml+xml")
 _ROBOTS_BYTES = 500 * 1024  # RFC 9309, section 2.5
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _LONGEST_PAUSE = 60.0  # s, of those that a robots.txt asks for
 
 
@@ -44,6 +45,8 @@ class Manners:
         max_redirects: from one address to another.
         tries: of one request, each after twice the pause of the one before.
         hosts: how many are asked at the same time.
+        per_host: pages of one host, at most; None: all that are listed.
+        patience: requests in a row that a host may leave without an answer; then the rest of its pages is given up.
         allowed: networks that may be reached although they are private, such as "127.0.0.0/8" in a test.
     """
 
@@ -54,15 +57,19 @@ class Manners:
     max_redirects: int = 5
     tries: int = 3
     hosts: int = 100
+    per_host: int | None = None
+    patience: int = 10
     allowed: tuple[str, ...] = ()
 
     def reachable(self, address: str) -> bool:
         """Whether an IP address lies in the public network: not private, loopback, link-local, multicast, reserved."""
         ip = ipaddress.ip_address(address.partition("%")[0])
-        ip = getattr(ip, "ipv4_mapped", None) or ip
         if any(ip in ipaddress.ip_network(network) for network in self.allowed):
             return True
-        return ip.is_global and not ip.is_multicast
+        inner = [ip, getattr(ip, "ipv4_mapped", None), getattr(ip, "sixtofour", None)]
+        if ip in _NAT64:
+            inner.append(ipaddress.ip_address(int(ip) & 0xFFFFFFFF))
+        return all(one.is_global and not one.is_multicast for one in inner if one is not None)
 
 
 class Failed(OSError):
@@ -227,46 +234,52 @@ def _is_address(name: str) -> bool:
     return True
 
 
-def crawl(addresses: Iterable[str], manners: Manners) -> Iterator[tuple[str, Page | Exception]]:
-    """(URL, its page or the Refused or Failed that it ended with) of all, in the order given."""
+def crawl(addresses: Iterable[str], manners: Manners, take: Callable[[str, Page | Exception], None]) -> None:
+    """`take(url, its page or the Refused or Failed that it ended with)` for each address, as they come."""
+
+    async def visit(crawler, room, own):
+        async with room:
+            silent = 0
+            for number, url in enumerate(own):
+                try:
+                    if manners.per_host is not None and number >= manners.per_host:
+                        raise Refused("too many of one host")
+                    if silent >= manners.patience:
+                        raise Failed("the host does not answer")
+                    found = await crawler.page(url)
+                except (Refused, Failed) as error:
+                    found = error
+                silent = silent + 1 if isinstance(found, _Again) else silent if isinstance(found, Failed) else 0
+                take(url, found)
 
     async def run():
-        found, of_host = {}, defaultdict(list)
+        of_host = defaultdict(list)
         for url in addresses:
             of_host[urls.host(url)].append(url)
-            found[url] = None
         room = asyncio.Semaphore(manners.hosts)
-
-        async def visit(crawler, own):
-            async with room:
-                for url in own:
-                    try:
-                        found[url] = await crawler.page(url)
-                    except (Refused, Failed) as error:
-                        found[url] = error
-
         async with Crawler(manners) as crawler, asyncio.TaskGroup() as tasks:
             for own in of_host.values():
-                tasks.create_task(visit(crawler, own))
-        return found
+                tasks.create_task(visit(crawler, room, own))
 
-    yield from asyncio.run(run()).items()
+    asyncio.run(run())
 
 
-def write_warc(file, pages: Iterable[tuple[str, Page]]) -> None:
-    """A response record for each (URL, page)."""
-    writer = WARCWriter(file, gzip=True)
-    for url, page in pages:
+class WarcFile:
+    """Pages as response records of a file."""
+
+    def __init__(self, file):
+        self.writer = WARCWriter(file, gzip=True)
+
+    def add(self, url: str, page: Page) -> None:
         gone = ("content-encoding", "transfer-encoding", "content-length")  # the body is unpacked
         headers = [(k, v) for k, v in page.headers if k.lower() not in gone]
-        headers.append(("Content-Length", str(len(page.body))))
-        http = StatusAndHeaders("200 OK", headers, protocol="HTTP/1.1")
+        http = StatusAndHeaders("200 OK", [*headers, ("Content-Length", str(len(page.body)))], protocol="HTTP/1.1")
         ends = {"WARC-Redirected-To": page.url} if page.url != url else {}
         body = io.BytesIO(page.body)
-        record = writer.create_warc_record(
+        record = self.writer.create_warc_record(
             url, "response", body, len(page.body), http_headers=http, warc_headers_dict=ends
         )
-        writer.write_record(record)
+        self.writer.write_record(record)
 
 
 def read_warc(path: Path | str) -> Iterator[dict]:

@@ -68,9 +68,9 @@ def exact(text: str) -> bytes:
     return hashlib.blake2b(" ".join(words(text)).encode("utf-8", "replace"), digest_size=16).digest()
 
 
-def components(edges: Iterable[tuple[str, str]]) -> dict[str, str]:
+def components(edges: Iterable[tuple]) -> dict:
     """Each member of a group that edges join, but the least -> the least: all those that can go."""
-    parent: dict[str, str] = {}
+    parent = {}
 
     def root(x):
         while (up := parent.setdefault(x, x)) != x:
@@ -110,7 +110,7 @@ class Overlap:
         return {name: float(np.isin(own, hits).mean()) if len(own) else 0.0 for name, own in self.sets.items()}
 
 
-def pairs(ids: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Edges that join documents of one key: the least with each other one."""
-    first, *rest = sorted(set(ids))
+def pairs(members: Iterable) -> Iterator[tuple]:
+    """Edges that join the documents of one key: the least with each other one."""
+    first, *rest = sorted(set(members))
     return ((first, other) for other in rest)

@@ -36,7 +36,7 @@ from apache_beam.options.pipeline_options import PipelineOptions  # noqa: E402
 
 logging.disable(logging.NOTSET)
 
-PARTS = 16
+PARTS, _URLS = 16, 2000  # at least so many parts, about so many URLs in one
 LOCAL = (
     "--runner=DirectRunner",
     "--direct_running_mode=multi_processing",
@@ -103,6 +103,10 @@ class Counts:
             raise CorpusError(f"{where}: {self.entered} records went in, but {out} came out; remove it and run again")
 
 
+def _pair(record) -> tuple:
+    return record if isinstance(record, tuple) else (record,)
+
+
 class Sieve:
     """Takes records through steps, counts, and keeps those that a step broke on for the dead-letter file."""
 
@@ -110,24 +114,27 @@ class Sieve:
         self.steps, self.counts, self.letters = steps, Counts(), []
 
     def __call__(self, records: Iterable[dict | tuple[dict, Exception]]) -> Iterator[dict]:
-        """Those records that pass. One that comes with an exception has met it already."""
-        for record in records:
-            self.counts.entered += 1
-            try:
-                if isinstance(record, tuple):
-                    record, error = record
-                    raise error
-                passed = functools.reduce(lambda record, step: step(record), self.steps, record)
-            except Refused as reason:
-                self.counts.dropped[str(reason)] += 1
-            except Exception as error:  # whatever a page does to a parser
-                reason = str(error) if isinstance(error, crawl.Failed) else type(error).__name__
-                self.counts.dead[reason] += 1
-                about = {key: record[key] for key in ("id", "url") if key in record}
-                self.letters.append({**about, "reason": reason, "message": str(error)[:500]})
-            else:
-                self.counts.left += 1
-                yield passed
+        """Those records that pass, see `take`."""
+        return (passed for record in records if (passed := self.take(*_pair(record))) is not None)
+
+    def take(self, record: dict, error: Exception | None = None) -> dict | None:
+        """The record after all steps; None if it goes, as one does that has met an error already."""
+        self.counts.entered += 1
+        try:
+            if error is not None:
+                raise error
+            passed = functools.reduce(lambda record, step: step(record), self.steps, record)
+        except Refused as reason:
+            self.counts.dropped[str(reason)] += 1
+        except Exception as error:  # whatever a page does to a parser
+            reason = str(error) if isinstance(error, crawl.Failed) else type(error).__name__
+            self.counts.dead[reason] += 1
+            about = {key: record[key] for key in ("id", "url") if key in record}
+            self.letters.append({**about, "reason": reason, "message": str(error)[:500]})
+        else:
+            self.counts.left += 1
+            return passed
+        return None
 
     def finish(self, stage: str, folder: Path, n: int) -> None:
         """Write the dead letters and, last of all, the counts: then the part is done."""
@@ -165,11 +172,19 @@ def read_links(n: int, folder: Path, lists: Sequence[Path], min_score: int) -> N
 
 def fetch(n: int, folder: Path, source: Path, manners: Manners) -> None:
     """Part n of the URLs -> a WARC file of their pages."""
-    sieve, addresses = Sieve(), [record["url"] for record in read_part(part(source, n))]
-    found = ((url, page) for url, page in crawl.crawl(addresses, manners))
-    records = (({"url": u}, p) if isinstance(p, Exception) else {"url": u, "page": p} for u, p in found)
+    sieve = Sieve()
     with _written(part(folder, n, ".warc.gz")) as file:
-        crawl.write_warc(file, ((record["url"], record["page"]) for record in sieve(records)))
+        warc = crawl.WarcFile(file)
+
+        def take(url, found):
+            if isinstance(found, Exception):
+                sieve.take({"url": url}, found)
+            else:
+                sieve.take({"url": url})
+                warc.add(url, found)
+
+        crawl.crawl((record["url"] for record in read_part(part(source, n))), manners, take)
+    sieve.letters.sort(key=lambda letter: letter["url"])
     sieve.finish("pages", folder, n)
 
 
@@ -177,8 +192,10 @@ def read_pages(n: int, folder: Path, warcs: Sequence[Path], language: str | None
     """WARC file n -> the texts of its pages, by id."""
 
     def pages():
-        for number, record in enumerate(crawl.read_warc(warcs[n])):
-            yield {"id": crawl.identity(f"{record['url']} {warcs[n].name} {number}"), **record}
+        seen = Counter()  # pages of one address; their order in the file does not matter
+        for record in crawl.read_warc(warcs[n]):
+            yield {"id": crawl.identity(f"{record['url']} {warcs[n].name} {seen[record['url']]}"), **record}
+            seen[record["url"]] += 1
 
     def address(record):
         return {**record, "url": urls.check(urls.canonical(record["url"]))}
@@ -198,14 +215,14 @@ def read_documents(n: int, folder: Path, sources: Sequence[Path], field: str, la
 
 def _texts(n, folder, records, steps, language):
     judged = [functools.partial(text.english, language=language)] if language else []
-    sieve = Sieve(*steps, text.fix, text.quality, *judged)
+    sieve = Sieve(*steps, text.fix, *judged, text.quality)
     write_part(part(folder, n), sorted(sieve(records), key=lambda record: record["id"]))
     sieve.finish("texts", folder, n)
 
 
-def leave_out(n: int, folder: Path, source: Path, same: Path) -> None:
-    """Part n of the texts without those that are named in `same`."""
-    reasons = {record["id"]: record["reason"] for record in read_part(same)}
+def leave_out(n: int, folder: Path, source: Path) -> None:
+    """Part n of the texts without those that are said to be duplicates beside it."""
+    reasons = {record["id"]: record["reason"] for record in read_part(part(folder, n, ".same.gz"))}
 
     def first(record):
         if record["id"] in reasons:
@@ -275,7 +292,7 @@ class Links(beam.PTransform):
 
 
 class Same(beam.PTransform):
-    """Numbers of parts of texts -> ((id, that of a text which says the same), reason)."""
+    """Numbers of parts of texts -> (((id, part), those of a text which says the same), reason)."""
 
     def __init__(self, source: Path):
         super().__init__()
@@ -284,29 +301,29 @@ class Same(beam.PTransform):
     def expand(self, numbers):
         def keys(n, source):
             for record in read_part(part(source, n)):
-                yield (b"exact" + duplicates.exact(record["text"])), record["id"]
+                yield (b"exact" + duplicates.exact(record["text"])), (record["id"], n)
                 for key in duplicates.bands(record["text"]):
-                    yield (b"near " + key), record["id"]
+                    yield (b"near " + key), (record["id"], n)
 
-        def edges(key, ids):
+        def edges(key, members):
             reason = "exact duplicate" if key.startswith(b"exact") else "near duplicate"
-            return [(edge, reason) for edge in duplicates.pairs(ids)]
+            return [(edge, reason) for edge in duplicates.pairs(members)]
 
         return numbers | beam.FlatMap(keys, self.source) | beam.GroupByKey() | beam.FlatMapTuple(edges)
 
 
-def _write_same(edges, path: Path) -> None:
-    """(id, reason, the text that stays) for each one that goes."""
+def _write_same(edges, folder: Path, n: int) -> None:
+    """For each of the n parts which of its texts go, why, and which one stays for them."""
     edges = sorted(set(edges))
     exact = {b for (_, b), reason in edges if reason == "exact duplicate"}
     stays = duplicates.components(edge for edge, _ in edges)
-    write_part(
-        path,
-        (
-            {"id": x, "reason": "exact duplicate" if x in exact else "near duplicate", "same": stays[x]}
-            for x in sorted(stays)
-        ),
-    )
+    gone = [[] for _ in range(n)]
+    for member in sorted(stays):
+        reason = "exact duplicate" if member in exact else "near duplicate"
+        gone[member[1]].append({"id": member[0], "reason": reason, "same": stays[member][0]})
+    for i, records in enumerate(gone):
+        write_part(part(folder, i, ".same.gz"), records)
+    _write_json(folder / "same.json", sum(map(len, gone)))
 
 
 def _write_links(n: int, addresses: Iterable[str | None], folder: Path) -> None:
@@ -425,7 +442,7 @@ def run(
     lists: Sequence[str | PathLike] = (),
     warcs: Sequence[str | PathLike] = (),
     source: str | PathLike | None = None,
-    parts: int = PARTS,
+    parts: int | None = None,
     min_score: int = urls.MIN_SCORE,
     manners: Manners = Manners(),  # noqa: B008, frozen
     language: str | None = "en",
@@ -442,7 +459,7 @@ def run(
         lists: files of URLs, see `urls.read_list`; links below `min_score` are left out.
         warcs: WARC files of pages that were fetched before, by whomever.
         source: what `files.documents` reads, with its `text_field`; or "docstrings", of all packages or `packages`.
-        parts: in how many the URLs are cut, by host.
+        parts: in how many the URLs are cut, by host; None: 2,000 in each, but at least 16 parts.
         manners: how pages are fetched.
         language: of the texts to keep; None: any.
         evaluations: name -> texts; documents that share an `n_gram` of words with one of them are left out.
@@ -451,8 +468,8 @@ def run(
 
     Returns: `texts`, the folder of the last stage, of which `corpus.build` makes a corpus; `funnel`, for each stage the
         records that `entered` and were `left`, and those `dropped` and `dead` by reason; `overlap`, the share of each
-        evaluation's n-grams that the texts had; `same`, a file of the duplicates. CorpusError for input that cannot be
-        read.
+        evaluation's n-grams that the texts had; `unique`, the folder where part-*.same.gz tell which text stayed for
+        which. CorpusError for input that cannot be read.
     """
     if sum(map(bool, (lists, warcs, source))) != 1:
         raise CorpusError("give one of lists (of URLs), warcs and source (a folder of texts)")
@@ -464,15 +481,17 @@ def run(
     this.folder.mkdir(parents=True, exist_ok=True)
     if source == "docstrings":
         source = this.folder / f"docstrings-{_digest(docstrings.installed(packages))[:8]}"
-        if not part(source, parts - 1).exists():
+        if not part(source, PARTS - 1).exists():
             source.mkdir(exist_ok=True)
             texts = list(docstrings.docstrings(packages))
-            for n in range(parts):
-                write_part(part(source, n), ({"text": text} for text in texts[n::parts]))
+            for n in range(PARTS):
+                write_part(part(source, n), ({"text": text} for text in texts[n::PARTS]))
     if lists:
         made = {"lists": [files.described(p, p.name) for p in lists], "min_score": min_score}
         work = functools.partial(read_links, lists=lists, min_score=min_score)
         links = this.stage("links", made, len(lists), functools.partial(this.each, work=work))
+
+        parts = parts or max(PARTS, this.funnel[-1]["left"] // _URLS)
 
         def unique(folder, _):
             with this.pipeline() as pipeline:
@@ -494,15 +513,14 @@ def run(
     texts = this.stage("texts", made, n, functools.partial(this.each, work=work))
 
     def compare(folder, missing):
-        same = folder / "same.gz"
-        if not same.exists():
+        if not (folder / "same.json").exists():
             with this.pipeline() as pipeline:
                 edges = pipeline | beam.Create(range(n)) | Same(texts) | beam.combiners.ToList()
-                edges | beam.Map(_write_same, same)
-        this.each(folder, missing, functools.partial(leave_out, source=texts, same=same))
+                edges | beam.Map(_write_same, folder, n)
+        this.each(folder, missing, functools.partial(leave_out, source=texts))
 
     last = this.stage("unique", {}, n, compare)
-    result = {"same": last / "same.gz", "overlap": {}}
+    result = {"unique": last, "overlap": {}}
     if evaluations:
         overlap = duplicates.Overlap(evaluations, n_gram)
         made = {
