@@ -9,6 +9,7 @@ import json
 import lzma
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -297,6 +298,15 @@ def test_other_parameters_make_it_anew(result, tmp_path):
     )
     assert first["funnel"][0]["dropped"]["another language"] == 1
     assert "another language" not in other["funnel"][0]["dropped"]
+
+
+def test_what_was_fetched_is_not_removed(web, result, tmp_path):
+    port, seen = web
+    copy = shutil.copytree(result["folder"].parent, tmp_path / "copy")
+    before = len(seen["requests"])
+    with pytest.raises(CorpusError, match=r"3-pages has the pages of other URLs; take another folder"):
+        crawled(copy, port, parts=5)
+    assert len(list((copy / "run" / "3-pages").glob("*.warc.gz"))) == 4 and len(seen["requests"]) == before
 
 
 def test_a_corpus_of_it(result, tmp_path):

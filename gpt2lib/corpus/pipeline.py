@@ -17,7 +17,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 
@@ -69,7 +69,7 @@ def _written(path: Path):
 def write_part(path: Path, records: Iterable[dict]) -> None:
     with _written(path) as file, gzip.GzipFile("", "wb", 1, file, mtime=0) as packed:
         for record in records:
-            packed.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+            packed.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
 
 
 def _write_json(path: Path, value) -> None:
@@ -353,13 +353,16 @@ class Run:
     def stage(self, name: str, made: dict, n: int, work) -> Path:
         """Make the n parts of a stage by `work(folder, numbers of those that are not there)`.
 
-        `made` says what the stage depends on beside the stage before: parts that were made otherwise are removed.
+        `made` says what the stage depends on beside the stage before. Parts that were made otherwise are removed; those
+        that hold what was fetched are not, CorpusError.
         """
         folder = self.folder / f"{len(self.funnel) + 1}-{name}"
         made = [VERSION, self.before, name, made, n]
         self.before = _digest(made)
         stamp = folder / "made.json"
         if not (stamp.exists() and json.loads(stamp.read_text())["hash"] == self.before):
+            if name == "pages" and any(folder.glob("part-*.warc.gz")):
+                raise CorpusError(f"{folder} has the pages of other URLs; take another folder, or remove this one")
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             _write_json(stamp, {"hash": self.before, "made": made})
@@ -460,7 +463,7 @@ def run(
         warcs: WARC files of pages that were fetched before, by whomever.
         source: what `files.documents` reads, with its `text_field`; or "docstrings", of all packages or `packages`.
         parts: in how many the URLs are cut, by host; None: 2,000 in each, but at least 16 parts.
-        manners: how pages are fetched.
+        manners: how pages are fetched; those that are there stay as they are.
         language: of the texts to keep; None: any.
         evaluations: name -> texts; documents that share an `n_gram` of words with one of them are left out.
         options: Beam's, such as ["--runner=FlinkRunner", "--flink_master=..."]; the folder must be shared then.
@@ -500,7 +503,7 @@ def run(
 
         addresses = this.stage("urls", {}, parts, unique)
         work = functools.partial(fetch, source=addresses, manners=manners)
-        fetched = this.stage("pages", asdict(manners), parts, functools.partial(this.each, work=work))
+        fetched = this.stage("pages", {}, parts, functools.partial(this.each, work=work))
         warcs, made = [part(fetched, n, ".warc.gz") for n in range(parts)], []
     else:
         made = [files.described(p, p.name) for p in warcs] if warcs else files.describe(source)
