@@ -1,6 +1,7 @@
 """Generation: OpenAI's greedy continuation, rows that do not disturb each other, words drawn as often as due."""
 
 import json
+import re
 
 import keras
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from keras import ops
 from literal import distinctive, gpt2, nll
 
-from gpt2lib import sample
+from gpt2lib import device, sample
 from gpt2lib.checkpoint import fingerprint, load_openai, save_huggingface
 from gpt2lib.config import ModelConfig
 from gpt2lib.model import GPT2, quantized
@@ -618,3 +619,33 @@ def test_a_low_precision_model_generates(next_word):
     low = GPT2(next_word.config, init=lambda path, shape: values[path], dtype="mixed_bfloat16")
     assert generate(low, [[3], [10]], 4, temperature=0) == [[4, 5, 6, 7], [11]]
     assert keras.config.dtype_policy().name == "float32"
+
+
+@pytest.mark.skipif(not device.is_cpu(), reason="what is looked for is how XLA's CPU compiler copies")
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_cache_is_updated_in_place(rows):
+    """No operation inside the loop of the compiled program makes a whole cache anew."""
+    model = GPT2(ModelConfig(n_vocab=40, n_ctx=128, n_embd=24, n_head=3, n_layer=2))
+    run = sample.go_on(model, sample.Rules(greedy=True), 4)
+    knobs = sample.Knobs(ends=np.zeros(40, bool)).tensors()
+    state = tuple(
+        map(ops.convert_to_tensor, (np.zeros(rows, bool), np.zeros((rows, 1), bool), np.zeros(rows, "float32")))
+    )
+    state = (*state, ops.zeros(rows, "int32"))
+    integers = [ops.convert_to_tensor(x, "int32") for x in (3, [0] * rows, 1, 4)]
+    args = (*integers, ops.zeros((rows, 4)), state, model.empty_cache(rows, 128), {}, knobs)
+    if keras.backend.backend() == "jax":
+        import jax
+
+        values = [v.value for v in model.variables]
+        text = jax.jit(device.functional(model, run)).lower(values, *args).compile().as_text()
+    else:
+        import tensorflow as tf
+
+        text = tf.function(run, autograph=False, jit_compile=True).experimental_get_compiler_ir(*args)("optimized_hlo")
+    names = re.findall(r"body=%?([\w.\-]+)", text)
+    bodies = [part for part in text.split("\n\n") if part.lstrip().lstrip("%").split(" ")[0] in names]
+    assert any("dynamic-update-slice" in part for part in bodies)
+    shape = rf"(?:{rows},3|{rows * 3}),128,8"
+    made = re.findall(rf"= f32\[{shape}\]\S* (copy|select|add|convert)\(", "\n".join(bodies))
+    assert not made

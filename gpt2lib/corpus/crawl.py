@@ -1,4 +1,4 @@
-"""Fetch pages as a guest: robots.txt, one connection to a host at a time with a pause, and never inside a network.
+"""Fetch pages as a guest: robots.txt, one connection to a host at a time with a pause, and never a private address.
 
 Pages are kept as WARC (ISO 28500), which every other crawler's tools read as well.
 """
@@ -72,7 +72,7 @@ class Manners:
         return all(one.is_global and not one.is_multicast for one in inner if one is not None)
 
 
-class Failed(OSError):
+class Failed(Exception):
     """A page that could not be had this time; the message is the reason."""
 
 

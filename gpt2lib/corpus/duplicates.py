@@ -13,10 +13,13 @@ BANDS, ROWS = 14, 8  # two documents whose shingles agree to J become candidates
 _WORD = re.compile(r"\w+")
 
 
-def words(text: str) -> list[str]:
+@functools.lru_cache(2)  # a text is asked for several times in a row
+def words(text: str) -> tuple[str, ...]:
     """What is compared: lower-case words without punctuation and accents."""
-    text = unicodedata.normalize("NFKD", text.lower())
-    return _WORD.findall("".join(c for c in text if not unicodedata.combining(c)) if not text.isascii() else text)
+    text = text.lower()
+    if not text.isascii():
+        text = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    return tuple(_WORD.findall(text))
 
 
 @functools.lru_cache(1 << 18)

@@ -36,7 +36,7 @@ def describe(folder: str | PathLike) -> list[dict]:
 
 
 def described(path: Path, name: str) -> dict:
-    """Of one file."""
+    """Name, size in bytes and sha256 of one file."""
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return {"file": name, "bytes": path.stat().st_size, "sha256": sha256}

@@ -34,7 +34,7 @@ BLOCKED_TYPES = frozenset(
 _OPEN = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
-class Refused(ValueError):
+class Refused(Exception):
     """A record that a stage leaves out; the message is the reason under which it is counted."""
 
 
