@@ -153,25 +153,48 @@ def functional(model, function):
     return run
 
 
-def compiled(model, function, xla: bool = False, donate: tuple = ()):
+def compiled(model, function, xla: bool = False, state: int | None = None):
     """`function(*tensors)` compiled, reading the variables of `model` as they are at each call.
 
     Args:
         xla: by XLA in TensorFlow as well, which is better at loops; its own operations are better at large products.
-        donate: numbers of the arguments whose memory may be used for the result, after which they are gone (JAX).
+        state: number of an argument that is a structure of tensors and that `function` gives back, changed, as its last
+            result: it is changed in its place, and what was given is gone.
     """
     import keras
 
     if keras.backend.backend() == "jax":
         import jax
 
-        run = jax.jit(functional(model, function), donate_argnums=tuple(n + 1 for n in donate))
+        run = jax.jit(functional(model, function), donate_argnums=() if state is None else state + 1)
         return lambda *args: run([v.value for v in model.variables], *args)
 
     import tensorflow as tf
 
-    function = functools.partial(function)  # else TensorFlow takes two of one name for one that is traced again
-    return tf.function(function, autograph=False, jit_compile=xla, reduce_retracing=not xla)
+    options = dict(autograph=False, jit_compile=xla, reduce_retracing=not xla)
+    if state is None:  # a partial, else TensorFlow takes two of one name for one that is traced again
+        return tf.function(functools.partial(function), **options)
+    return _in_place(function, state, options)
+
+
+def _in_place(function, n, options):
+    """As `compiled`: only what lies in variables is changed in its place by TensorFlow's XLA."""
+    import tensorflow as tf
+
+    @functools.partial(tf.function, **options)
+    def run(variables, *args):
+        values = tf.nest.pack_sequence_as(args[n], [v.value() for v in variables])
+        *results, new = function(*args[:n], values, *args[n + 1 :])
+        for v, value in zip(variables, tf.nest.flatten(new), strict=True):
+            v.assign(value)
+        return results
+
+    def call(*args):
+        variables = [x if isinstance(x, tf.Variable) else tf.Variable(x) for x in tf.nest.flatten(args[n])]
+        args = (*args[:n], tf.nest.map_structure(lambda _: 0, args[n]), *args[n + 1 :])
+        return (*run(variables, *args), tf.nest.pack_sequence_as(args[n], variables))
+
+    return call
 
 
 # --- the devices of a run ---------------------------------------------------------------------------------------------

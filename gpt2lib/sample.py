@@ -170,7 +170,9 @@ def _pick(logits, made, u, seen, rules, knobs):
     if rules.early:
         x = ops.where(ops.logical_and(ends, made < earliest), _LOWEST, x)
     if rules.greedy:
-        token = ops.cast(ops.argmax(x, axis=1), "int32")
+        # as ops.argmax, for which XLA has no vector instructions on a CPU
+        largest = x == ops.max(x, axis=1, keepdims=True)
+        token = ops.min(ops.where(largest, ops.arange(x.shape[1], dtype="int32"), x.shape[1] - 1), axis=1)
     else:
         x = (x - ops.max(x, axis=1, keepdims=True)) / temperature  # finite or -inf, however low
         x = keep_top_k(x, top_k) if rules.top_k else x
@@ -226,7 +228,7 @@ def begin(model, rules, space):
 
     def run(tokens, start, made, u, state, knobs):
         h, cache = model.hidden(tokens, model.empty_cache(tokens.shape[0], space), 0, start)
-        logits = model.logits(h[:, -1])
+        logits = fused(model.logits)(h[:, -1])
         if device.is_cpu():  # which would convert all of it for each token
             cache = [tuple(ops.cast(x, "float32") for x in layer) for layer in cache]
         if rules.beams > 1:
@@ -381,7 +383,7 @@ class _Writer:
     def _go_on(self, count):
         space = self.cache[0][0].shape[2]
         key = ("go on", len(self.finished), space, bool(self.matrices))
-        run = self._compiled(key, lambda: go_on(self.model, self.rules), xla=True, donate=(6,))
+        run = self._compiled(key, lambda: go_on(self.model, self.rules), xla=True, state=6)
         state = (ops.convert_to_tensor(self.finished), *self.state[1:])
         numbers = map(_int32, (self.made, count))
         outs, self.state, self.cache = run(

@@ -649,3 +649,20 @@ def test_the_cache_is_updated_in_place(rows):
     shape = rf"(?:{rows},3|{rows * 3}),128,8"
     made = re.findall(rf"= f32\[{shape}\]\S* (copy|select|add|convert)\(", "\n".join(bodies))
     assert not made
+
+
+def test_the_cache_stays_where_it_is():
+    """From call to call, not only within one."""
+    model = GPT2(ModelConfig(n_vocab=40, n_ctx=128, n_embd=24, n_head=3, n_layer=2), seed=3)
+    settings = dict(temperature=0, top_k=0, top_p=1.0, seed=0, end_of_text=None)
+    writer = sample._writer(model, [[1, 2, 3]], 20, **settings)
+
+    def places():
+        values = [getattr(x, "value", lambda x=x: x)() for layer in writer.cache for x in layer]
+        return [np.from_dlpack(x).__array_interface__["data"][0] for x in values]
+
+    writer.advance(1), writer.advance(1)
+    before = places()
+    ids = [*writer.advance(1)[0][0], *writer.advance(4)[0][0]]
+    assert places() == before and len(set(before)) == 4
+    assert writer.ids[0][-5:] == ids
