@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from gpt2lib.corpus.urls import Refused  # noqa: E402
 from gpt2lib.data import CorpusError  # noqa: E402
 
 pytestmark = pytest.mark.backend_free
+ROOT = Path(__file__).resolve().parent.parent
 
 NOUNS = """river mountain garden letter window teacher market winter engine sailor village harbour forest kitchen
 painter doctor bridge island journal melody captain orchard library station lantern valley meadow printer soldier mirror
@@ -240,7 +242,8 @@ def test_from_urls_to_clean_text(web, result):
     assert not any("Section" in text or "Copyright" in text for text in texts)
     assert not seen["overlaps"], "one connection to a host at a time"
     assert not any(path.startswith("/private") for _, path in seen["requests"])
-    assert result["overlap"] == {"invented": 1.0, "other": 0.0}
+    assert result["overlap"][13] == {"invented": 1.0, "other": 0.0}
+    assert result["overlap"][8]["invented"] == 1 and 0 < result["overlap"][8]["other"] < 0.5  # of the same patterns
     letters = [r for path in sorted((result["folder"] / "3-pages").glob("*.dead.gz")) for r in pipeline.read_part(path)]
     assert sorted({r["reason"] for r in letters}) == ["robots.txt cannot be had", "status 503", "timeout"]
     assert len(letters) == ARTICLES + 2 and all(r["url"].startswith("http://127.0.1.") for r in letters)
@@ -541,3 +544,48 @@ def test_bad_input_is_one_sentence(result, tmp_path):
     ):
         with pytest.raises(CorpusError, match=f"{name} {reason}"):
             pipeline.run(tmp_path / "b", warcs=[tmp_path / name], **local)
+
+
+# --- the notebook -----------------------------------------------------------------------------------------------------
+
+
+def test_the_notebook_shows_what_came_of_a_crawl(tmp_path):
+    """01_data as a study runs it, in a kernel, on pages of several sites."""
+    for folder in ("notebooks", "data/published"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    pages = {f"https://www.bbc.co.uk/{i}": page(article(8000 + i)) for i in range(30)}
+    pages |= {f"http://blog.example.org/{i}": page(article(8100 + i)) for i in range(20)}
+    pages |= {"https://edition.cnn.com/1": page(changed(article(8000))), "https://en.wikipedia.org/wiki/A": "x"}
+    with (tmp_path / "pages.warc.gz").open("wb") as file:
+        warc = crawl.WarcFile(file)
+        for url, html in pages.items():
+            warc.add(url, crawl.Page(url, [("Content-Type", "text/html; charset=utf-8")], html.encode()))
+    evaluations = tmp_path / "data" / "benchmarks"
+    evaluations.mkdir(parents=True)
+    said = " ".join(article(8001)[4:8])
+    (evaluations / "lambada_test.jsonl").write_text(json.dumps({"text": said}) + "\n")
+    study = tmp_path / "reports" / "web"
+    study.mkdir(parents=True)
+    (study / "01_data.yaml").write_text(
+        "# A test. Hardware: 2 CPU cores. Takes seconds.\ncorpus: data/corpora/web\nstages: data/web/test\n"
+        "warcs: [pages.warc.gz]\nevaluations: [lambada, ptb]\ndownload: false\nn_vocab: 300\nn_ctx: 64\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-m", "gpt2lib.study", "reports/web"],
+        env={**os.environ, "GPT2LIB_WORKSPACE": str(tmp_path)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    numbers = json.loads((study / "01_data.json").read_text())["numbers"]
+    assert numbers["domains"] == {"bbc": 28, "example": 20, "cnn": 1} or numbers["domains"] == {
+        "bbc": 29,
+        "example": 20,
+    }
+    assert [at["dropped"] for at in numbers["funnel"]] == [
+        {"blocked domain": 1}, {"near duplicate": 1}, {"overlaps an evaluation": 1},
+    ]  # fmt: skip
+    assert [row["text"] for row in numbers["overlap"]] == ["lambada"] and numbers["overlap"][0]["13-grams, %"] == 100
+    assert len(numbers["minhash_recall"]) > 3
+    names = {path.name for path in (study / "figures").glob("*.png")}
+    assert names == {f"01_data{name}.png" for name in ("", "-funnel", "-domains", "-recall")}
+    notebook = (study / "01_data.ipynb").read_text()
+    assert str(tmp_path) not in notebook and "WARNING" not in notebook and "ptb is left out" in notebook

@@ -35,6 +35,8 @@ from apache_beam.metrics import Metrics  # noqa: E402
 from apache_beam.options.pipeline_options import PipelineOptions  # noqa: E402
 
 logging.disable(logging.NOTSET)
+# In a notebook Beam would rename transforms, for which it imports its data frames, which pandas 3 does not let it.
+beam.pipeline.alter_label_if_ipython = lambda transform, inputs: None
 
 PARTS, _URLS = 16, 2000  # at least so many parts, about so many URLs in one
 LOCAL = (
@@ -234,21 +236,25 @@ def leave_out(n: int, folder: Path, source: Path) -> None:
     sieve.finish("unique", folder, n)
 
 
-def apart(n: int, folder: Path, source: Path, overlap: duplicates.Overlap) -> None:
-    """Part n of the texts without those that hold n-grams of evaluations, and which of these there were."""
-    seen = []
+def apart(n: int, folder: Path, source: Path, overlaps: Sequence[duplicates.Overlap]) -> None:
+    """Part n of the texts without those that hold n-grams of evaluations, and which of these there were.
+
+    The texts that go are those that hold n-grams of the last of `overlaps`.
+    """
+    seen = {overlap.n: [np.zeros(0, np.uint64)] for overlap in overlaps}
 
     def clean(record):
-        hits = overlap.hits(record["text"])
-        seen.append(hits)
+        for overlap in overlaps:
+            hits = overlap.hits(record["text"])
+            seen[overlap.n].append(hits)
         if len(hits):
             raise Refused("overlaps an evaluation")
         return record
 
     sieve = Sieve(clean)
     write_part(part(folder, n), sieve(read_part(part(source, n))))
-    with _written(part(folder, n, ".npy")) as file:
-        np.save(file, np.unique(np.concatenate([*seen, np.zeros(0, np.uint64)])))
+    with _written(part(folder, n, ".npz")) as file:
+        np.savez(file, **{str(k): np.unique(np.concatenate(hits)) for k, hits in seen.items()})
     sieve.finish("clean", folder, n)
 
 
@@ -424,8 +430,13 @@ class Run:
 
 @contextlib.contextmanager
 def _said(path: Path):
-    """Standard error goes to a file, of processes that are started as well; gives a stream that still reaches it."""
-    saved = os.dup(2)
+    """Standard error goes to a file, of processes that are started as well; gives a stream that still reaches it.
+
+    So do Beam's messages, which a notebook would show.
+    """
+    saved, logger, handler = os.dup(2), logging.getLogger("apache_beam"), logging.FileHandler(path)
+    logger.addHandler(handler)
+    logger.propagate = False
     try:
         own = sys.stderr.fileno() == 2
     except (OSError, ValueError, AttributeError):  # of a notebook
@@ -437,6 +448,9 @@ def _said(path: Path):
             yield screen if own else sys.stderr
         finally:
             os.dup2(saved, 2)
+            logger.propagate = True
+            logger.removeHandler(handler)
+            handler.close()
 
 
 def run(
@@ -452,7 +466,7 @@ def run(
     text_field: str = "text",
     packages: Collection[str] | None = None,
     evaluations: dict[str, list[str]] | None = None,
-    n_gram: int = 13,
+    n_grams: Sequence[int] = (8, 13),
     options: Sequence[str] = LOCAL,
     progress: bool = True,
 ) -> dict:
@@ -465,14 +479,15 @@ def run(
         parts: in how many the URLs are cut, by host; None: 2,000 in each, but at least 16 parts.
         manners: how pages are fetched; those that are there stay as they are.
         language: of the texts to keep; None: any.
-        evaluations: name -> texts; documents that share an `n_gram` of words with one of them are left out.
+        evaluations: name -> texts; the share of their n-grams of words that the documents have is counted for each n of
+            `n_grams`, and documents that have one of the last n are left out.
         options: Beam's, such as ["--runner=FlinkRunner", "--flink_master=..."]; the folder must be shared then.
         progress: show a bar for each stage.
 
     Returns: `texts`, the folder of the last stage, of which `corpus.build` makes a corpus; `funnel`, for each stage the
-        records that `entered` and were `left`, and those `dropped` and `dead` by reason; `overlap`, the share of each
-        evaluation's n-grams that the texts had; `unique`, the folder where part-*.same.gz tell which text stayed for
-        which. CorpusError for input that cannot be read.
+        records that `entered` and were `left`, and those `dropped` and `dead` by reason; `overlap`, for each n the
+        share of each evaluation's n-grams that the texts had; `compared` and `unique`, the folders before and after
+        duplicates went, see `examples`. CorpusError for input that cannot be read.
     """
     if sum(map(bool, (lists, warcs, source))) != 1:
         raise CorpusError("give one of lists (of URLs), warcs and source (a folder of texts)")
@@ -523,17 +538,33 @@ def run(
         this.each(folder, missing, functools.partial(leave_out, source=texts))
 
     last = this.stage("unique", {}, n, compare)
-    result = {"unique": last, "overlap": {}}
+    result = {"compared": texts, "unique": last, "overlap": {}}
     if evaluations:
-        overlap = duplicates.Overlap(evaluations, n_gram)
+        overlaps = [duplicates.Overlap(evaluations, k) for k in n_grams]
         made = {
-            "n": n_gram,
+            "n": list(n_grams),
             "evaluations": {
                 name: hashlib.sha256("\0".join(t).encode()).hexdigest() for name, t in sorted(evaluations.items())
             },
         }
-        work = functools.partial(apart, source=last, overlap=overlap)
+        work = functools.partial(apart, source=last, overlaps=overlaps)
         last = this.stage("clean", made, n, functools.partial(this.each, work=work))
-        hits = np.unique(np.concatenate([np.load(part(last, i, ".npy")) for i in range(n)]))
-        result["overlap"] = overlap.shares(hits)
+        found = [np.load(part(last, i, ".npz")) for i in range(n)]
+        for overlap in overlaps:
+            hits = np.unique(np.concatenate([each[str(overlap.n)] for each in found]))
+            result["overlap"][overlap.n] = overlap.shares(hits)
     return {**result, "texts": last, "funnel": this.funnel}
+
+
+def examples(found: dict, count: int) -> Iterator[tuple[str, dict, dict]]:
+    """Of what `run` returned: (reason, text that went, text that stayed for it), `count` of each reason."""
+    chosen, left = [], Counter()
+    for path in sorted(found["unique"].glob("part-*.same.gz")):
+        for record in read_part(path):
+            left[record["reason"]] += 1
+            if left[record["reason"]] <= count:
+                chosen.append(record)
+    wanted = {record[key] for record in chosen for key in ("id", "same")}
+    paths = sorted(found["compared"].glob("part-*.jsonl.gz"))
+    texts = {record["id"]: record for path in paths for record in read_part(path) if record["id"] in wanted}
+    return ((record["reason"], texts[record["id"]], texts[record["same"]]) for record in chosen)

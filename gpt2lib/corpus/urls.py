@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urljoin, urlsplit
 
 from courlan import normalize_url, scrub_url
+from tld import get_tld
 
 from gpt2lib.data import CorpusError
 
@@ -64,6 +65,12 @@ def canonical(url: str) -> str:
 
 def host(url: str) -> str:
     return urlsplit(url).hostname or ""
+
+
+def domain(url: str) -> str:
+    """The name that its owner registered, without what stands behind it: bbc of https://news.bbc.co.uk/1."""
+    found = get_tld(url, as_object=True, fail_silently=True, search_private=False)
+    return found.domain if found else host(url)
 
 
 def check(url: str, domains: Collection[str] = BLOCKED_DOMAINS, types: Collection[str] = BLOCKED_TYPES) -> str:
