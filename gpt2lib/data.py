@@ -20,7 +20,7 @@ from bisect import bisect_left, bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate
+from itertools import accumulate, tee
 from os import PathLike
 from pathlib import Path
 
@@ -82,11 +82,11 @@ class _Shards:
     def _start(self) -> None:
         self._ids, self._documents, self._bytes = bytearray(), 0, 0
 
-    def add(self, ids: list[int], n_bytes: int) -> None:
+    def add(self, ids: np.ndarray, n_bytes: int) -> None:
         """Append one document, its end of text included; the shard before it ends where it would grow too long."""
         if self._documents and len(self._ids) // _DTYPE.itemsize + len(ids) > self.shard_tokens:
             self.flush()
-        self._ids += np.array(ids, _DTYPE).tobytes()
+        self._ids += ids.astype(_DTYPE).tobytes()
         self._documents += 1
         self._bytes += n_bytes
 
@@ -134,11 +134,12 @@ def write_corpus(
         with _disk_errors(folder):
             tokenizer.save(beside / "tokenizer")
         writers = {split: _Shards(beside, split, shard_tokens) for split in SPLITS}
-        kept = split_documents(documents, validation_fraction, left_out)
-        for split, text, n_bytes in tqdm(kept, desc=f"{name}: tokenizing", unit=" documents", disable=not progress):
-            ids = [*tokenizer.encode(text), tokenizer.end_of_text]
+        kept, same = tee(split_documents(documents, validation_fraction, left_out))
+        encoded = zip(kept, tokenizer.encode_each(text for _, text, _ in same), strict=True)
+        bar = tqdm(encoded, desc=f"{name}: tokenizing", unit=" documents", disable=not progress)
+        for (split, _, n_bytes), ids in bar:
             with _disk_errors(folder):
-                writers[split].add(ids, n_bytes)
+                writers[split].add(np.append(ids, tokenizer.end_of_text), n_bytes)
         with _disk_errors(folder):
             for writer in writers.values():
                 writer.flush()

@@ -5,14 +5,18 @@ Ids are laid out as OpenAI laid them out: 256 bytes, one entry for each merge in
 agree.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +142,23 @@ class Tokenizer:
             return self._bpe.encode_ordinary(text)
         # Cut where the split cuts anyway: around a run of blanks without its last one, which joins the next word.
         return [token for part in _LONG_BLANK.split(text) for token in self._bpe.encode_ordinary(part)]
+
+    def encode_each(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
+        """The ids of each of many texts, [n] uint32, in order and as `encode` gives them: on all cores, some ahead."""
+        cores, ahead, texts = os.cpu_count() or 1, deque(), iter(texts)
+        with ThreadPoolExecutor(cores) as pool:
+            while some := list(itertools.islice(texts, 64)):  # in a thread at once, else it waits for others more often
+                ahead.append(pool.submit(lambda some: list(map(self._array, some)), some))
+                if len(ahead) > 2 * cores:
+                    yield from ahead.popleft().result()
+            for encoded in ahead:
+                yield from encoded.result()
+
+    def _array(self, text):
+        if len(text) < _LONGEST_BLANK:
+            with contextlib.suppress(UnicodeEncodeError):
+                return self._bpe.encode_to_numpy(text, disallowed_special=())
+        return np.array(self.encode(text), np.uint32)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some ids; bytes that are not UTF-8 become U+FFFD. TokenizerError for an id beyond n_vocab."""

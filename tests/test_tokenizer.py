@@ -34,6 +34,21 @@ def test_ids_and_text_are_openais(gpt2, case):
     assert gpt2.decode(case["ids"]) == case["decoded"]
 
 
+def test_many_texts_are_encoded_as_one_is(gpt2, monkeypatch):
+    monkeypatch.setattr(module, "_LONGEST_BLANK", 5000)
+    texts = [case["text"] for case in GOLDEN] + ["", "a\udc80b", f"a{END_OF_TEXT}b", "x" * 6000, *STORIES * 3]
+    found = list(gpt2.encode_each(iter(texts)))
+    assert len(texts) > 64 * 5 and [ids.tolist() for ids in found] == [gpt2.encode(text) for text in texts]
+    assert list(gpt2.encode_each([])) == []
+
+    def broken():
+        yield from texts
+        raise OSError("the disk")
+
+    with pytest.raises(OSError, match="the disk"):
+        list(gpt2.encode_each(broken()))
+
+
 def test_gpt2_layout(gpt2):
     assert (gpt2.n_vocab, gpt2.end_of_text) == (50257, 50256)
     assert gpt2.decode([gpt2.end_of_text]) == END_OF_TEXT
