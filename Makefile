@@ -51,7 +51,7 @@ lint: .venv/.installed-test
 	@touch $@
 
 .venv/.installed-bench: .venv/.installed
-	@$(PIP) install -q -c constraints.txt -e '.[tensorflow,notebooks,bench]'
+	@$(PIP) install -q -c constraints.txt -e '.[tensorflow,notebooks,bench,corpus]'
 	@touch $@
 
 # What Colab has, then what a notebook's first cell adds, which must replace none of it, then what tests need.

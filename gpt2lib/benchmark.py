@@ -358,11 +358,148 @@ def _age() -> float:
     return time.time() - psutil.Process().create_time()
 
 
+def corpus_ours(warcs, vocabulary):
+    """Seconds from WARC files to clean text and from there to token shards."""
+    from gpt2lib import corpus
+    from gpt2lib.corpus import pipeline
+    from gpt2lib.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_files(f"{vocabulary}/vocab.bpe", f"{vocabulary}/encoder.json")
+    paths = sorted(Path(warcs).glob("*.warc.gz"))
+    command = yield {}
+    while command == "turn":
+        with tempfile.TemporaryDirectory() as folder:
+            began = time.perf_counter()
+            found = pipeline.run(f"{folder}/stages", warcs=paths, language=None, progress=False)
+            clean = time.perf_counter()
+            manifest = corpus.build(f"{folder}/corpus", found["texts"], tokenizer=tokenizer, progress=False)
+            ended = time.perf_counter()
+        shards = [shard for split in manifest["splits"].values() for shard in split]
+        command = yield {
+            "seconds": [ended - began],
+            "text_seconds": clean - began,
+            "token_seconds": ended - clean,
+            "documents": sum(shard["documents"] for shard in shards),
+            "tokens": sum(shard["tokens"] for shard in shards),
+            "text_bytes": sum(shard["bytes"] for shard in shards),
+        }
+
+
+def corpus_datatrove(warcs, vocabulary):
+    """The same by datatrove: WARC, trafilatura, ftfy, rules of quality and repeated lines, MinHash, tokens.
+
+    Of its repetition filter only the rules about lines, and no filter of languages, whose model is a download.
+    """
+    from datatrove.executor.local import LocalPipelineExecutor
+    from datatrove.pipeline.dedup import (
+        MinhashDedupBuckets,
+        MinhashDedupCluster,
+        MinhashDedupFilter,
+        MinhashDedupSignature,
+    )
+    from datatrove.pipeline.dedup.minhash import MinhashConfig
+    from datatrove.pipeline.extractors import Trafilatura
+    from datatrove.pipeline.filters import GopherQualityFilter, GopherRepetitionFilter
+    from datatrove.pipeline.formatters import FTFYFormatter
+    from datatrove.pipeline.readers import JsonlReader, WarcReader
+    from datatrove.pipeline.tokens import DocumentTokenizer
+    from datatrove.pipeline.writers import JsonlWriter
+    from tokenizers import ByteLevelBPETokenizer
+
+    from gpt2lib.corpus.duplicates import BANDS, ROWS, SHINGLE
+
+    cores, n_files = os.cpu_count(), len(list(Path(warcs).glob("*.warc.gz")))
+    config = MinhashConfig(n_grams=SHINGLE, num_buckets=BANDS, hashes_per_bucket=ROWS)
+    command = yield {}
+    while command == "turn":
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer = ByteLevelBPETokenizer(f"{vocabulary}/encoder.json", f"{vocabulary}/vocab.bpe")
+            tokenizer.save(f"{folder}/tokenizer.json")
+
+            def run(n, name, *steps, folder=folder):
+                LocalPipelineExecutor(list(steps), n, workers=cores, logging_dir=f"{folder}/log/{name}").run()
+
+            began = time.perf_counter()
+            run(
+                n_files, "texts", WarcReader(warcs, glob_pattern="*.warc.gz"), Trafilatura(favour_precision=False),
+                FTFYFormatter(), GopherQualityFilter(), GopherRepetitionFilter(top_n_grams=(), dup_n_grams=()),
+                JsonlWriter(f"{folder}/texts"),
+            )  # fmt: skip
+            texts = JsonlReader(f"{folder}/texts")
+            run(n_files, "signatures", texts, MinhashDedupSignature(f"{folder}/signatures", config=config))
+            run(BANDS, "buckets", MinhashDedupBuckets(f"{folder}/signatures", f"{folder}/buckets", config=config))
+            run(1, "clusters", MinhashDedupCluster(f"{folder}/buckets", f"{folder}/removed", config=config))
+            removed = MinhashDedupFilter(f"{folder}/removed")
+            run(n_files, "unique", texts, removed, JsonlWriter(f"{folder}/unique"))
+            clean = time.perf_counter()
+            tokens = DocumentTokenizer(f"{folder}/tokens", tokenizer_name_or_path=f"{folder}/tokenizer.json")
+            run(n_files, "tokens", JsonlReader(f"{folder}/unique"), tokens)
+            ended = time.perf_counter()
+            stats = json.loads(Path(f"{folder}/log/tokens/stats.json").read_text())[0]["stats"]
+        command = yield {
+            "seconds": [ended - began],
+            "text_seconds": clean - began,
+            "token_seconds": ended - clean,
+            "documents": stats["documents"]["total"],
+        }
+
+
+def tokenize(texts, vocabulary, library=False):
+    """Seconds to write a corpus of texts that lie in files; `library`: of tiktoken's part of it alone."""
+    from gpt2lib import corpus
+    from gpt2lib.corpus import files
+    from gpt2lib.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_files(f"{vocabulary}/vocab.bpe", f"{vocabulary}/encoder.json")
+    documents = list(files.documents(texts))
+    encoded_bytes = sum(len(document.encode()) for document in documents)
+    command = yield {"bytes": encoded_bytes}
+    while command == "turn":
+        with tempfile.TemporaryDirectory() as folder:
+            began = time.perf_counter()
+            if library:
+                tokenizer._bpe.encode_ordinary_batch(documents, num_threads=os.cpu_count())
+            else:
+                corpus.build(f"{folder}/corpus", texts, tokenizer=tokenizer, progress=False)
+            command = yield {"seconds": [time.perf_counter() - began]}
+
+
+def write_pages(texts, folder, n_files: int = 8) -> int:
+    """Texts as pages of HTML with menus, styles and scripts around them, in WARC files; returns the bytes of HTML."""
+    import contextlib
+    import html
+
+    from gpt2lib.corpus.crawl import Page, WarcFile
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    style = "".join(f".c{i} {{ margin: {i}px; padding: 0; color: #333 }}\n" for i in range(60))
+    script = "var a = 1; function f(x) { return x + a }\n" * 60
+    menu = "".join(f'<li class="c{i}"><a href="/section/{i}">Section {i}</a></li>' for i in range(30))
+    aside = "".join(f'<div class="c{i}"><h4><a href="/x/{i}">Another story, {i}</a></h4></div>' for i in range(15))
+    size = 0
+    with contextlib.ExitStack() as stack:
+        names = [folder / f"{n:02}.warc.gz" for n in range(n_files)]
+        warcs = [WarcFile(stack.enter_context(name.open("wb"))) for name in names]
+        for i, text in enumerate(texts):
+            title = html.escape(" ".join(text[:60].split()))
+            paragraphs = "".join(f"<p>{html.escape(p)}</p>\n" for p in text.split("\n") if p.strip())
+            body = (
+                f"<!DOCTYPE html><html><head><title>{title}</title><style>{style}</style><script>{script}</script>"
+                f"</head><body><nav><ul>{menu}</ul></nav><article><h1>{title}</h1>{paragraphs}</article>"
+                f"<aside>{aside}</aside><footer>Copyright</footer></body></html>"
+            ).encode("utf-8", "replace")
+            size += len(body)
+            url = f"https://site{i % 200}.example/{i}"
+            warcs[i % n_files].add(url, Page(url, [("Content-Type", "text/html; charset=utf-8")], body))
+    return size
+
+
 WORKERS = {
     f.__name__: f
     for f in (
         train_ours, train_huggingface, evaluate_ours, evaluate_huggingface, prefill_ours, generate_ours,
-        generate_huggingface, machine, reading, data,
+        generate_huggingface, machine, reading, data, corpus_ours, corpus_datatrove, tokenize,
     )
 }  # fmt: skip
 
