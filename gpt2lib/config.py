@@ -77,9 +77,10 @@ class ModelConfig(_Strict):
     n_embd: int = 768  # D, width
     n_head: int = 12  # N, attention heads
     n_layer: int = 12  # L, blocks
-    embd_pdrop: float = 0.1  # dropout on the summed embeddings
+    embd_pdrop: float = 0.1  # dropout on the summed embeddings, or where embd_pdrop_on says
     attn_pdrop: float = 0.1  # dropout on the attention weights
     resid_pdrop: float = 0.1  # dropout at the end of both residual branches
+    embd_pdrop_on: str = "sum"  # sum | matrices: all of wte, as output matrix too, and wpe, as GPT-1 and 2019's
 
     def __post_init__(self):
         super().__post_init__()
@@ -91,6 +92,8 @@ class ModelConfig(_Strict):
         for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"ModelConfig.{name} must lie in [0, 1), got {getattr(self, name)}")
+        if self.embd_pdrop_on not in ("sum", "matrices"):
+            raise ConfigError(f"ModelConfig.embd_pdrop_on must be sum or matrices, got {self.embd_pdrop_on}")
 
     @property
     def n_params(self) -> int:
@@ -125,6 +128,26 @@ def size(name: str) -> ModelConfig:
 
 
 @dataclass(frozen=True)
+class Reading(_Strict):
+    """How the 2019 replication read its data, each of its ways by itself; see `gpt2lib.reading`."""
+
+    restart_every: int | None = None  # steps after which reading begins again, in one order of the files
+    hosts: int = 1  # parts of a batch that are read alike: each host read all files in the same order
+    buffer: int | None = None  # documents among which the next one is drawn, the files being read in order
+    stitch: int | None = None  # documents that are joined and of which one window is cut at random
+    long_share: float = 0.0  # share of the windows that are from long documents only, 2 of which are joined
+    long_tokens: int = 512  # tokens of those at least
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("restart_every", "hosts", "buffer", "stitch", "long_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"Reading.{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.long_share <= 1:
+            raise ConfigError(f"Reading.long_share must lie in [0, 1], got {self.long_share}")
+
+
+@dataclass(frozen=True)
 class TrainConfig(_Strict):
     """Everything that decides a training run. Two runs with equal configurations on one machine are equal."""
 
@@ -135,6 +158,7 @@ class TrainConfig(_Strict):
     init: str = "gpt2"  # a name in model.INITS
     init_from: str | None = None  # start from this checkpoint: a folder of OpenAI's or Hugging Face's layout, or a run
     freeze: list = field(default_factory=list)  # parts of paths not to train: wte, wpe, ln_f, h0, h1/mlp, ...
+    reading: dict = field(default_factory=dict)  # fields of Reading; empty: every window once in an epoch, shuffled
     optimizer: str = "adafactor"  # adafactor | adamw
     optimizer_options: dict = field(default_factory=dict)  # passed to the optimizer's constructor
     learning_rate: float | None = 1e-2  # relative for Adafactor with parameter scale, else absolute; None: its default
@@ -210,6 +234,7 @@ class TrainConfig(_Strict):
         for part in self.freeze:
             if not isinstance(part, str):
                 raise ConfigError(f"TrainConfig.freeze holds parts of paths such as wte or h0, got {part!r}")
+        Reading.from_dict(self.reading)
         self.model_config()  # a misspelt field of `model` is an error now, not when the run starts
 
     def model_config(self, n_vocab: int | None = None) -> ModelConfig:

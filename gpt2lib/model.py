@@ -381,8 +381,14 @@ class GPT2(keras.Model):
         if training and seed is None:
             seed = FixedSeed(*ops.unstack(self.dropout_seed.next()))
         bias = ops.where(visible, 0.0, -1e10)  # of the scores: [T, S] or [B, 1, T, S]
-        x = (self.embed(tokens) if rows is None else rows) + look_up(self.wpe, where)
-        x = dropout(ops.cast(x, self.compute_dtype), self.config.embd_pdrop, seed)  # [B, T, D]
+        whole = self.config.embd_pdrop_on == "matrices"  # then the rows that are given are of `dropped_wte`
+        wpe = (
+            dropout(ops.convert_to_tensor(self.wpe), self.config.embd_pdrop, seed.whole(2))
+            if whole and seed
+            else self.wpe
+        )
+        x = (self.embed(tokens) if rows is None else rows) + look_up(wpe, where)
+        x = dropout(ops.cast(x, self.compute_dtype), self.config.embd_pdrop, None if whole else seed)  # [B, T, D]
         tpu = past is None and start is None and attention.usable(t, self.config)
         present = []
         for i, block in enumerate(self.blocks):
@@ -393,6 +399,13 @@ class GPT2(keras.Model):
                 x, layer_present = block(x, past=past and past[i], position=position, **options)
                 present.append(layer_present)
         return self.ln_f(x), present
+
+    def dropped_wte(self, seed):
+        """wte [V, D]; where dropout is on whole matrices, with entries of it dropped: one mask for the whole batch."""
+        wte = ops.convert_to_tensor(self.wte)
+        if self.config.embd_pdrop_on != "matrices":
+            return wte
+        return dropout(wte, self.config.embd_pdrop, seed.whole(1))
 
     def embed(self, tokens):
         """The rows of wte of some tokens: [B, T] -> [B, T, D]."""
@@ -420,8 +433,13 @@ class GPT2(keras.Model):
 
         Returns: logits [B, T, V] float32; with a `past`, (logits, present), present being the cache with these tokens.
         """
-        h, present = self.hidden(tokens, past, position, start, training, seed)
-        return self.logits(h) if past is None else (self.logits(h), present)
+        rows, logits = None, self.logits
+        if training and self.config.embd_pdrop_on == "matrices":
+            seed = seed or FixedSeed(*ops.unstack(self.dropout_seed.next()))
+            wte = self.dropped_wte(seed)
+            rows, logits = look_up(wte, tokens), lambda h: ops.matmul(h, ops.transpose(ops.cast(wte, "float32")))
+        h, present = self.hidden(tokens, past, position, start, training, seed, rows)
+        return logits(h) if past is None else (logits(h), present)
 
 
 def quantized(model) -> GPT2:

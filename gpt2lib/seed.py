@@ -19,6 +19,11 @@ class FixedSeed(keras.random.SeedGenerator):
         """Independent randomness for the n-th place that needs some."""
         return FixedSeed(self.pair[0] + ops.cast(n * 0x9E3779B1 % 2**32, self.pair.dtype), self.pair[1], self.row)
 
+    def whole(self, n: int):
+        """As `child`, for what is the same for all sequences of the batch, on whatever device."""
+        place = ops.cast((n * 0x85EBCA6B + 1) % 2**32, self.pair.dtype)
+        return FixedSeed(self.pair[0] + place, self.pair[1])
+
     def key(self):
         """The two integers as one int32 that looks random (JAX)."""
         from jax import lax

@@ -178,7 +178,7 @@ def _tied(wte, tokens):
 
 def loss_of(model, tokens, seed, chunk):
     """Mean nats per token of tokens [B, T + 1], with the dropout of a seed, for the gradient."""
-    rows, wte = _tied(ops.convert_to_tensor(model.wte), tokens[:, :-1])
+    rows, wte = _tied(model.dropped_wte(seed), tokens[:, :-1])
     h, _ = model.hidden(tokens[:, :-1], rows=rows, training=True, seed=seed)
     return cross_entropy(h, wte, tokens[:, 1:], model.compute_dtype, chunk)
 

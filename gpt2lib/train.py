@@ -10,6 +10,7 @@ import argparse
 import collections
 import contextlib
 import errno
+import functools
 import importlib.util
 import json
 import math
@@ -29,10 +30,11 @@ import yaml
 from tqdm import tqdm
 
 from gpt2lib import checkpoint, device
-from gpt2lib.config import ConfigError, ModelConfig, TrainConfig
+from gpt2lib.config import ConfigError, ModelConfig, Reading, TrainConfig
 from gpt2lib.data import Batches, Corpus, CorpusError, prefetch, validation_windows
 from gpt2lib.evaluate.loss import total, window_losses
 from gpt2lib.plan.counts import memory
+from gpt2lib.reading import ReadBatches
 from gpt2lib.report import provenance
 from gpt2lib.step import make_parts, make_step
 from gpt2lib.tokenizer import TokenizerError
@@ -380,7 +382,10 @@ def train(config: TrainConfig, restart: bool = False) -> dict:
         return read_history(run_dir)
     shape = model_config(config, corpus, info["model"])
     order = dict(batch_size=config.batch_size, n_ctx=shape.n_ctx, seed=config.seed)
-    batches = Batches(corpus, **order, host=host, n_hosts=n_hosts)
+    read = Batches
+    if config.reading:
+        read = functools.partial(ReadBatches, options=Reading.from_dict(config.reading))
+    batches = read(corpus, **order, host=host, n_hosts=n_hosts)
     validation = validation_windows(corpus, shape.n_ctx, config.validation_windows)
     places = device.places(config.devices, config.sharded)
     n_devices = len(places) if isinstance(places, list) else places.num_replicas_in_sync
@@ -442,7 +447,7 @@ def train(config: TrainConfig, restart: bool = False) -> dict:
 
     def report(at, what, state_at):
         """Note an incident of step `at`, with its batch and the state after `state_at` steps; returns the sentence."""
-        everywhere = Batches(corpus, **order)  # the rows of all hosts
+        everywhere = read(corpus, **order)  # the rows of all hosts
         batch = {"windows": everywhere.windows(at - 1), "documents": everywhere.documents(at - 1)}
         save("incidents", state_at, 3, incident={"step": at, "what": what, **batch})
         if main:

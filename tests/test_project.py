@@ -39,6 +39,8 @@ MAY_IMPORT = {
     "step": CORE,
     "study": {"config", "report"},
     "corpus": MIDDLE,
+    "reading": {"config", "data"},
+    "recipe2019": {"config"},
     "benchmark": TOP | {"evaluate"},
     **dict.fromkeys(("train", "evaluate", "plan"), TOP | {"corpus", "evaluate", "plan"}),
 }

@@ -1,0 +1,182 @@
+"""The ways of the 2019 replication do what they say."""
+
+import itertools
+
+import numpy as np
+import pytest
+from keras import ops
+
+from gpt2lib import recipe2019
+from gpt2lib.config import ConfigError, ModelConfig, Reading, TrainConfig
+from gpt2lib.data import Batches, Corpus, CorpusError, write_corpus
+from gpt2lib.model import GPT2
+from gpt2lib.reading import ReadBatches
+from gpt2lib.seed import FixedSeed
+from gpt2lib.step import loss_of
+from gpt2lib.tokenizer import Tokenizer
+from gpt2lib.train import train
+
+T = 8  # n_ctx
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """300 documents of single bytes, document i beginning with its number; every tenth is long."""
+    folder = tmp_path_factory.mktemp("recipe") / "corpus"
+    letters = np.random.default_rng(1).choice(list("abcdefgh"), (300, 60))
+    texts = [f"{i:03}" + "".join(letters[i, : 60 if i % 10 == 0 else i % 7 + 3]) for i in range(300)]
+    write_corpus(folder, texts, Tokenizer([]), name="numbered", source={}, validation_fraction=0.1, progress=False)
+    return Corpus(folder)
+
+
+def read(corpus, *, batch_size=4, n_hosts=1, host=0, seed=5, **options):
+    sizes = dict(batch_size=batch_size, n_ctx=T, seed=seed, host=host, n_hosts=n_hosts)
+    return ReadBatches(corpus, Reading(**options), **sizes)
+
+
+def documents(batches, steps):
+    return [d for step in steps for row in batches.documents(step) for d in row]
+
+
+def test_documents_are_those_of_the_tokens(corpus):
+    text = corpus.tokens("train")[:]
+    for options in ({}, {"stitch": 4}, {"buffer": 10, "stitch": 3, "long_share": 0.5, "long_tokens": 40}):
+        batches, again = read(corpus, **options), read(corpus, **options)
+        starts = [0, *(np.flatnonzero(text == corpus.tokenizer.end_of_text) + 1)]
+        for step in (0, 1, 2, 7, 3):  # back as well
+            assert batches[step].shape == (4, T + 1) and batches[step].dtype == np.int32
+            for row, place, at in zip(batches[step], batches.windows(step), batches.documents(step), strict=True):
+                begin = starts[place[0]] + place[1]
+                n = min(T + 1, starts[place[0] + 1] - begin)
+                assert place[0] == at[0] and (text[begin : begin + n] == row[:n]).all()
+                assert (row == corpus.tokenizer.end_of_text).sum() in (len(at) - 1, len(at))
+        assert (again[7] == batches[7]).all() and (again[3] == batches[3]).all()
+    with pytest.raises(IndexError):
+        batches[-1]
+
+
+def test_without_options_every_token_is_a_label_once(corpus):
+    batches = read(corpus)
+    windows = np.concatenate([batches[step] for step in range(2 * corpus.n_tokens("train") // (4 * T))])
+    labels = np.bincount(windows[:, 1:].ravel(), minlength=257)
+    text = np.bincount(corpus.tokens("train")[:], minlength=257)
+    assert np.abs(labels / labels.sum() - text / text.sum()).max() < 0.01
+    assert len(set(documents(batches, range(40)))) > 60
+    for a, b in itertools.pairwise(windows[:20]):
+        assert a[-1] == b[0]
+
+
+def test_the_restart_repeats_the_same_documents(corpus):
+    """With a buffer of one document there is one order, so the very batches are the same."""
+    batches = read(corpus, restart_every=5, buffer=1)
+    first = [batches[step] for step in range(5)]
+    for step in range(5, 23):
+        assert (batches[step] == first[step % 5]).all()
+    usual = set(documents(read(corpus, buffer=1), range(25)))
+    assert len(set(documents(batches, range(25)))) < len(usual) / 3
+    shuffled = read(corpus, restart_every=5)
+    prefix = set(documents(batches, range(5)))
+    assert not (shuffled[0] == shuffled[5]).all()
+    assert max(documents(shuffled, range(25))) <= 1.5 * max(prefix)
+
+
+def test_hosts_read_alike(corpus):
+    batches = read(corpus, batch_size=8, hosts=4)
+    for step in range(6):
+        parts = batches[step].reshape(4, 2, T + 1)
+        assert (parts == parts[0]).all() and not (parts[0, 0] == parts[0, 1]).all()
+    one_host = [read(corpus, batch_size=8, hosts=4, n_hosts=4, host=host)[3] for host in range(4)]
+    assert all((part == one_host[0]).all() for part in one_host)  # the shards of real hosts are identical
+    drawn = read(corpus, batch_size=8, hosts=4, buffer=20)  # each from its own buffer of the same documents
+    parts = drawn[0].reshape(4, 2, T + 1)
+    assert not (parts == parts[0]).all()
+    assert max(documents(drawn, range(2))) < 30
+    with pytest.raises(CorpusError, match="cannot share"):
+        read(corpus, batch_size=4, hosts=3)
+
+
+def test_the_buffer_is_a_window_on_the_files(corpus):
+    batches = read(corpus, buffer=20)
+    for step in range(0, 30, 3):
+        seen = documents(batches, range(step + 1))
+        assert max(seen) < len(set(seen)) + 20
+    assert documents(batches, range(3)) != sorted(documents(batches, range(3)))
+
+
+def test_stitching_reads_far_more_than_it_cuts(corpus):
+    batches = read(corpus, buffer=1, stitch=5)
+    for step in range(5):
+        for row, found in enumerate(batches.documents(step)):
+            group = 4 * step + row  # the 5 documents that this window is from
+            assert all(5 * group <= d < 5 * group + 5 for d in found)
+
+
+def test_long_documents(corpus):
+    text, ends = corpus.tokens("train")[:], corpus.tokenizer.end_of_text
+    lengths = np.diff([0, *(np.flatnonzero(text == ends) + 1)])
+    batches = read(corpus, batch_size=50, long_share=0.7, long_tokens=40, stitch=2)
+    rows = [row for step in range(20) for row in batches.documents(step)]
+    assert abs(np.mean([lengths[row].min() >= 40 for row in rows]) - 0.7) < 0.08
+    with pytest.raises(CorpusError, match="long_share"):
+        read(corpus, long_share=0.5, long_tokens=400)
+
+
+def test_switches_are_fields(corpus):
+    base = dict(corpus="c", run_dir="r", learning_rate=1e-2, clip_norm=1.0, model={"n_embd": 24}, max_steps=10**6)
+    for name in recipe2019.SWITCHES:
+        assert TrainConfig.from_dict(recipe2019.switched(base, [name])) != TrainConfig.from_dict(base)
+    everything = recipe2019.switched(base, recipe2019.ALL, same_on_hosts={"reading": {"hosts": 2}})
+    config = TrainConfig.from_dict(everything)
+    assert Reading(**config.reading) == Reading(10_000, 2, 2000, 42, 0.7, 512)
+    assert config.model == {
+        "n_embd": 24, "embd_pdrop": 0.1, "embd_pdrop_on": "matrices", "attn_pdrop": 0.1, "resid_pdrop": 0.1,
+    }  # fmt: skip
+    assert (config.learning_rate, config.clip_norm, config.weight_decay, config.init) == (2.5e-4, None, 0.01, "2019")
+    assert base["model"] == {"n_embd": 24}
+    with pytest.raises(ConfigError, match="`restart`"):
+        recipe2019.switched(base, ["restrat"])
+    with pytest.raises(ConfigError, match="Reading has no key"):
+        TrainConfig.from_dict({**base, "reading": {"bufer": 3}})
+    with pytest.raises(ConfigError, match=r"Reading\.hosts"):
+        Reading(hosts=0)
+
+
+def test_whole_matrices_are_dropped():
+    """The loss is that of a model whose wte, in both its places, and wpe have the dropped entries."""
+    shape = ModelConfig(
+        n_vocab=30, n_ctx=8, n_embd=12, n_head=2, n_layer=1, embd_pdrop=0.4, attn_pdrop=0.0, resid_pdrop=0.0,
+        embd_pdrop_on="matrices",
+    )  # fmt: skip
+    model = GPT2(shape, seed=2)
+    tokens, seed = ops.convert_to_tensor(np.arange(18).reshape(2, 9) % 30, "int32"), FixedSeed(7, 3)
+    loss = float(loss_of(model, tokens, seed, None))
+    wte = np.asarray(ops.convert_to_tensor(model.dropped_wte(seed)))
+    kept = wte != 0
+    assert 0.45 < kept.mean() < 0.75
+    np.testing.assert_allclose(wte[kept], (np.asarray(model.wte) / 0.6)[kept], rtol=1e-5)
+    logits = np.asarray(model(tokens[:, :-1], training=True, seed=seed), np.float64)
+    ids = np.asarray(tokens)
+    shifted = logits - logits.max(-1, keepdims=True)
+    nats = np.log(np.exp(shifted).sum(-1)) - np.take_along_axis(shifted, ids[:, 1:, None], -1)[..., 0]
+    assert abs(loss - nats.mean()) < 1e-5, "one mask for both"
+    assert abs(loss - float(loss_of(model, tokens, FixedSeed(8, 3), None))) > 1e-4
+    quiet = np.asarray(model(tokens[:, :-1]))
+    assert np.abs(quiet - logits).max() > 1e-3, "not without training"
+
+
+def test_a_run_reads_as_it_is_told_and_goes_on_after_a_stop(corpus, tmp_path):
+    """Stopped and started again it has the same losses as at one go."""
+    options = dict(
+        corpus=str(corpus.folder), size="test", model={"n_ctx": T, "embd_pdrop_on": "matrices"}, warmup_steps=2,
+        learning_rate=1e-2, schedule="constant", batch_size=4, log_every=1, validate_every=100,
+        validation_windows=4, progress=False,
+        reading={"restart_every": 4, "hosts": 2, "buffer": 30, "stitch": 3}, max_steps=12, checkpoint_every=5,
+    )  # fmt: skip
+    whole = train(TrainConfig(run_dir=str(tmp_path / "whole"), **options))
+    train(TrainConfig(run_dir=str(tmp_path / "cut"), **{**options, "max_steps": 7}))
+    rest = {**options, "allow_changes": ["max_steps"]}
+    cut = train(TrainConfig(run_dir=str(tmp_path / "cut"), **rest))
+    assert [x["step"] for x in whole["train"]] == [x["step"] for x in cut["train"]]
+    assert [x["loss"] for x in whole["train"]] == [x["loss"] for x in cut["train"]]
+    usual = Batches(corpus, batch_size=4, n_ctx=T, seed=0)
+    assert not (read(corpus, seed=0, restart_every=4, hosts=2, buffer=30, stitch=3)[0] == usual[0]).all()
