@@ -619,7 +619,7 @@ class Batches:
         if batch_size % n_hosts or not 0 <= host < n_hosts:
             raise CorpusError(f"host {host} of {n_hosts} cannot take an equal part of a batch of {batch_size}")
         self.batch_size, self.n_ctx = batch_size, n_ctx
-        self._corpus, self._split, self._tokens = corpus, split, corpus.tokens(split)
+        self.corpus, self._split, self._tokens = corpus, split, corpus.tokens(split)
         self._part = range(batch_size)[host * batch_size // n_hosts : (host + 1) * batch_size // n_hosts]
         # `seed` mixes the seed; `shuffle(seed=...)` would give seed 1 the order that seed 0 has in its second epoch.
         self._order = grain.MapDataset.range(self._n_windows).seed(seed).shuffle().repeat()
@@ -644,7 +644,7 @@ class Batches:
         """
         starts = [window * self.n_ctx for window in self.windows(step)]
         ends = [start + self.n_ctx for start in starts]
-        at = self._corpus._documents_at([*starts, *ends], self._split)
+        at = self.corpus._documents_at([*starts, *ends], self._split)
         return [[*range(first, last + 1)] for first, last in zip(at[: len(starts)], at[len(starts) :], strict=True)]
 
 

@@ -11,6 +11,20 @@ from gpt2lib.config import Reading
 from gpt2lib.data import Corpus, CorpusError
 
 
+def documents_seen(batches, steps: int) -> int:
+    """How many documents of the split the first `steps` batches of a `ReadBatches` or `data.Batches` are from."""
+    if isinstance(batches, ReadBatches):
+        return len({document for step in range(steps) for row in batches.documents(step) for document in row})
+    corpus, n_ctx = batches.corpus, batches.n_ctx
+    ends = np.flatnonzero(corpus.tokens("train")[:] == corpus.tokenizer.end_of_text)
+    starts = np.unique([window for step in range(steps) for window in batches.windows(step)]) * n_ctx
+    first, last = np.searchsorted(ends, starts), np.searchsorted(ends, starts + n_ctx)
+    edges = np.zeros(len(ends) + 2, np.int64)
+    np.add.at(edges, first, 1)
+    np.add.at(edges, last + 1, -1)
+    return int((np.cumsum(edges)[: len(ends)] > 0).sum())
+
+
 class ReadBatches:
     """`batches[step]` -> int32 [B / n_hosts, T + 1], as `data.Batches` gives them, but read as `options` say.
 

@@ -110,6 +110,19 @@ def read_metrics(path) -> list[dict]:
     return [line for line, _ in _read_lines(path)]
 
 
+def _layers(before: dict, after: dict) -> dict:
+    """{wte, wpe, h0, ..., ln_f: [RMS of the update, RMS of the parameters before it]}, of a state by paths."""
+    squares = {}
+    for path, old in before.items():
+        if path.startswith("model/"):  # not the optimizer's
+            moved, n = squares.setdefault(path.split("/")[1], ([0.0, 0.0], [0]))
+            new, old = (np.asarray(x, np.float64) for x in (after[path], old))
+            moved[0] += float(np.square(new - old).sum())
+            moved[1] += float(np.square(old).sum())
+            n[0] += old.size
+    return {name: [math.sqrt(x / n) for x in sums] for name, (sums, (n,)) in squares.items()}
+
+
 def read_history(run_dir) -> dict:
     """What a run has recorded: {"train": [...], "validation": [...]}, dicts as in `metrics.jsonl`."""
     lines = read_metrics(Path(run_dir) / "metrics.jsonl")
@@ -133,7 +146,7 @@ class _Board:
         self.file.write_event(self.event(wall_time=time.time(), step=step + 1 if step else 0, session_log=start))
 
     def write(self, line: dict):
-        value, shown = self.summary.Value, line.keys() - {"step", "tokens_seen", "seconds"}
+        value, shown = self.summary.Value, line.keys() - {"step", "tokens_seen", "seconds", "layers"}
         summary = self.summary(value=[value(tag=name, simple_value=line[name]) for name in sorted(shown)])
         with _disk_errors(self.folder):
             self.file.write_event(self.event(wall_time=time.time(), step=line["step"], summary=summary))
@@ -496,6 +509,7 @@ def train(config: TrainConfig, restart: bool = False) -> dict:
                 "validate": last or (done + 1) % config.validate_every == 0,
                 "save": last or (done + 1) % config.checkpoint_every == 0,
             }
+            before = step.arrays() if config.measure_layers and due["log"] else None
             measures = step(tokens, done, any(due.values()))
             done += 1
             flying.append((done, measures))
@@ -512,6 +526,8 @@ def train(config: TrainConfig, restart: bool = False) -> dict:
                         "learning_rate": float(step.optimizer._learning_rate(done - 1)),
                     }
                     line |= {name: float(value) for name, value in measures.items() if name != "failed"}
+                    if before is not None:
+                        line["layers"] = _layers(before, step.arrays())
                     write({**line, "tokens_per_second": round(speed, 1), "seconds": round(seconds, 3)})
                     bar.set_postfix_str(f"loss {line['loss']:.3f}, {speed:,.0f} tokens/s", refresh=False)
                 if due["validate"]:

@@ -192,6 +192,21 @@ def test_readme_says_how_fast_it_was():
             assert f"| {' | '.join(cells)} |" in readme
 
 
+def test_readme_says_what_a_corpus_costs():
+    """From web pages to tokens, beside datatrove, and the plan that follows from it."""
+    numbers = json.loads((ROOT / "reports" / "benchmark" / "08_benchmark.json").read_text())["numbers"]["corpus"]
+    readme = (ROOT / "README.md").read_text()
+    for row in numbers["rows"]:
+        cells = [row["program"], f"{row['pages']:,}", f"{row['texts that stay']:,}", f"{row['to clean text, s']:.1f}"]
+        cells += [f"{row['to tokens, s']:.2f}", f"{row['HTML, MB/s']:.2f}"]
+        assert f"| {' | '.join(cells)} |" in readme
+    for row in numbers["plan"]:
+        cells = ["–" if value is None else f"{value:,.2f}" for name, value in row.items() if name != "stage"]
+        assert f"| {row['stage']} | {' | '.join(cells)} |" in readme
+    rates = [f"{numbers['encoding_bytes_per_second'][name] / 1e6:.0f}" for name in ("ours", "library")]
+    assert f"Tokens alone are made at {rates[0]} MB/s" in readme and f"reaches {rates[1]}." in readme
+
+
 def test_readme_says_what_the_compiler_said():
     """The claim of 2019, what makes Adam fit after all, and how well the chips are used."""
     numbers = json.loads((ROOT / "reports" / "plan" / "00_plan.json").read_text())["numbers"]

@@ -7,10 +7,10 @@ import pytest
 from keras import ops
 
 from gpt2lib import recipe2019
-from gpt2lib.config import ConfigError, ModelConfig, Reading, TrainConfig
+from gpt2lib.config import SIZES, ConfigError, ModelConfig, Reading, TrainConfig
 from gpt2lib.data import Batches, Corpus, CorpusError, write_corpus
 from gpt2lib.model import GPT2
-from gpt2lib.reading import ReadBatches
+from gpt2lib.reading import ReadBatches, documents_seen
 from gpt2lib.seed import FixedSeed
 from gpt2lib.step import loss_of
 from gpt2lib.tokenizer import Tokenizer
@@ -162,6 +162,34 @@ def test_whole_matrices_are_dropped():
     assert abs(loss - float(loss_of(model, tokens, FixedSeed(8, 3), None))) > 1e-4
     quiet = np.asarray(model(tokens[:, :-1]))
     assert np.abs(quiet - logits).max() > 1e-3, "not without training"
+
+
+def test_documents_seen_are_counted(corpus):
+    """The quick count is that of the documents of each row, and an epoch sees them all."""
+    usual = Batches(corpus, batch_size=4, n_ctx=T, seed=0)
+    for steps in (1, 3, 10):
+        slow = len({d for step in range(steps) for row in usual.documents(step) for d in row})
+        assert documents_seen(usual, steps) == slow
+    assert documents_seen(usual, len(usual) + 1) in (corpus.n_documents("train"), corpus.n_documents("train") - 1)
+    batches = read(corpus, restart_every=5, buffer=1)
+    assert documents_seen(batches, 5) == documents_seen(batches, 20) < 60
+
+
+def test_layers_are_measured(corpus, tmp_path):
+    """Together they are what is measured of the whole model."""
+    history = train(
+        TrainConfig(
+            corpus=str(corpus.folder), run_dir=str(tmp_path / "run"), size="test", model={"n_ctx": T}, warmup_steps=1,
+            max_steps=4, batch_size=4, log_every=2, validation_windows=4, measure_layers=True, progress=False,
+        )
+    )  # fmt: skip
+    shape = ModelConfig.from_dict({**SIZES["test"].to_dict(), "n_ctx": T})
+    sizes = {"wte": shape.n_vocab * shape.n_embd, "wpe": T * shape.n_embd, "ln_f": 2 * shape.n_embd}
+    block = 12 * shape.n_embd**2 + 13 * shape.n_embd
+    for line in history["train"]:
+        assert line["layers"].keys() == {*sizes, "h0", "h1"}
+        squares = sum(sizes.get(name, block) * moved**2 for name, (moved, _) in line["layers"].items())
+        assert abs((squares / shape.n_params) ** 0.5 / line["update_rms"] - 1) < 1e-3
 
 
 def test_a_run_reads_as_it_is_told_and_goes_on_after_a_stop(corpus, tmp_path):
