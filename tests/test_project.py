@@ -24,7 +24,7 @@ STUDIES = sorted({path.parent for path in (ROOT / "reports").rglob("*.yaml")})
 BASE = {"config", "seed", "fetch"}
 CORE = BASE | {"attention", "model", "adafactor", "schedule", "tokenizer"}
 MIDDLE = CORE | {"data", "checkpoint", "sample"}
-TOP = MIDDLE | {"step", "train", "report", "device"}
+TOP = MIDDLE | {"step", "train", "report", "device", "reading"}
 MAY_IMPORT = {
     "__init__": set(),
     "config": set(),
@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "corpus": MIDDLE,
     "reading": {"config", "data"},
     "recipe2019": {"config"},
-    "benchmark": TOP | {"evaluate"},
+    "benchmark": TOP | {"evaluate", "corpus"},
     **dict.fromkeys(("train", "evaluate", "plan"), TOP | {"corpus", "evaluate", "plan"}),
 }
 
