@@ -137,6 +137,7 @@ class Reading(_Strict):
     stitch: int | None = None  # documents that are joined and of which one window is cut at random
     long_share: float = 0.0  # share of the windows that are from long documents only, 2 of which are joined
     long_tokens: int = 512  # tokens of those at least
+    mixed: bool = False  # the order of the files is a random one, the same in every run, instead of the corpus's
 
     def __post_init__(self):
         super().__post_init__()

@@ -60,7 +60,9 @@ class ReadBatches:
                 f"the train split of {corpus.folder} has {len(self._tokens)} tokens, too few for a window"
             )
         self._all = np.arange(len(ends))
-        self._long = np.flatnonzero(lengths >= options.long_tokens)
+        if options.mixed:
+            self._all = np.random.Generator(np.random.Philox(2019)).permutation(self._all)
+        self._long = self._all[lengths[self._all] >= options.long_tokens]
         if options.long_share and not len(self._long):
             raise CorpusError(f"no document of {corpus.folder} has {options.long_tokens} tokens, as long_share wants")
         self._streams = {}

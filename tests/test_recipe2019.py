@@ -111,6 +111,13 @@ def test_stitching_reads_far_more_than_it_cuts(corpus):
             assert all(5 * group <= d < 5 * group + 5 for d in found)
 
 
+def test_files_can_be_mixed(corpus):
+    one, other = (read(corpus, buffer=1, mixed=True, seed=seed) for seed in (1, 2))
+    assert (one[3] == other[3]).all(), "in the same way in every run"
+    found = documents(one, range(20))
+    assert np.mean(np.diff(found) > 0) < 0.7 and max(found) > 200
+
+
 def test_long_documents(corpus):
     text, ends = corpus.tokens("train")[:], corpus.tokenizer.end_of_text
     lengths = np.diff([0, *(np.flatnonzero(text == ends) + 1)])
