@@ -546,6 +546,15 @@ def test_bad_input_is_one_sentence(result, tmp_path):
             pipeline.run(tmp_path / "b", warcs=[tmp_path / name], **local)
 
 
+@pytest.mark.parametrize("package", ["apache_beam", "aiohttp", "tld"])
+def test_what_is_not_installed_is_said(package):
+    program = f"import sys; sys.modules['{package}'] = None; from gpt2lib.corpus import pipeline"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"ModuleNotFoundError: {package} is not installed") and "'.[corpus]'" in last
+
+
 # --- the notebook -----------------------------------------------------------------------------------------------------
 
 

@@ -24,17 +24,24 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from gpt2lib.corpus import crawl, docstrings, duplicates, files, text, urls
-from gpt2lib.corpus.crawl import Manners
-from gpt2lib.corpus.urls import Refused
 from gpt2lib.data import CorpusError
 
 logging.disable(logging.WARNING)  # Beam tells at its import for which clouds it has no packages
-import apache_beam as beam  # noqa: E402
-from apache_beam.metrics import Metrics  # noqa: E402
-from apache_beam.options.pipeline_options import PipelineOptions  # noqa: E402
+try:
+    import apache_beam as beam
+    from apache_beam.metrics import Metrics
+    from apache_beam.options.pipeline_options import PipelineOptions
 
-logging.disable(logging.NOTSET)
+    from gpt2lib.corpus import crawl, docstrings, duplicates, files, text, urls
+    from gpt2lib.corpus.crawl import Manners
+    from gpt2lib.corpus.urls import Refused
+except ModuleNotFoundError as error:
+    advice = "run: pip install -c constraints.txt -e '.[corpus]'"
+    raise ModuleNotFoundError(
+        f"{error.name} is not installed, which the stages need; {advice}", name=error.name
+    ) from None
+finally:
+    logging.disable(logging.NOTSET)
 # In a notebook Beam would rename transforms, for which it imports its data frames, which pandas 3 does not let it.
 beam.pipeline.alter_label_if_ipython = lambda transform, inputs: None
 
