@@ -171,23 +171,25 @@ def compiled(model, function, xla: bool = False, state: int | None = None):
 
     import tensorflow as tf
 
-    options = dict(autograph=False, jit_compile=xla, reduce_retracing=not xla)
-    if state is None:  # a partial, else TensorFlow takes two of one name for one that is traced again
-        return tf.function(functools.partial(function), **options)
-    return _in_place(function, state, options)
+    def program(function):  # a partial, else TensorFlow takes two of one name for one that is traced again
+        function = functools.partial(function)
+        return tf.function(function, autograph=False, jit_compile=xla, reduce_retracing=not xla)
+
+    return program(function) if state is None else _in_place(function, state, program)
 
 
-def _in_place(function, n, options):
+def _in_place(function, n, program):
     """As `compiled`: only what lies in variables is changed in its place by TensorFlow's XLA."""
     import tensorflow as tf
 
-    @functools.partial(tf.function, **options)
-    def run(variables, *args):
+    def changing(variables, *args):
         values = tf.nest.pack_sequence_as(args[n], [v.value() for v in variables])
         *results, new = function(*args[:n], values, *args[n + 1 :])
         for v, value in zip(variables, tf.nest.flatten(new), strict=True):
             v.assign(value)
         return results
+
+    run = program(changing)
 
     def call(*args):
         variables = [x if isinstance(x, tf.Variable) else tf.Variable(x) for x in tf.nest.flatten(args[n])]
