@@ -184,9 +184,7 @@ class TrainConfig(_Strict):
     copy_to: str | None = None  # folder (a mounted Drive) or address (gs://bucket/run) for copies of checkpoints
     max_minutes: float | None = None  # stop, saved, after so long in this process; to be started again
     spike_deviations: float | None = 6.0  # report a loss so many standard deviations above those before; None: never
-    measure_layers: bool = (
-        False  # in metrics.jsonl, the RMS of update and parameters of each block too: for small models
-    )
+    measure_layers: bool = False  # in metrics.jsonl RMS of update and parameters of each block too; slow when large
     tensorboard: bool = False  # write run_dir/tensorboard as well
     progress: bool = True  # show a progress bar
     allow_changes: list = field(default_factory=list)  # fields in which a run that goes on may differ from before

@@ -382,11 +382,9 @@ class GPT2(keras.Model):
             seed = FixedSeed(*ops.unstack(self.dropout_seed.next()))
         bias = ops.where(visible, 0.0, -1e10)  # of the scores: [T, S] or [B, 1, T, S]
         whole = self.config.embd_pdrop_on == "matrices"  # then the rows that are given are of `dropped_wte`
-        wpe = (
-            dropout(ops.convert_to_tensor(self.wpe), self.config.embd_pdrop, seed.whole(2))
-            if whole and seed
-            else self.wpe
-        )
+        wpe = self.wpe  # [n_ctx, D]
+        if whole and seed:
+            wpe = dropout(ops.convert_to_tensor(wpe), self.config.embd_pdrop, seed.whole(2))
         x = (self.embed(tokens) if rows is None else rows) + look_up(wpe, where)
         x = dropout(ops.cast(x, self.compute_dtype), self.config.embd_pdrop, None if whole else seed)  # [B, T, D]
         tpu = past is None and start is None and attention.usable(t, self.config)
