@@ -3,6 +3,8 @@
 A switch is a few fields of `TrainConfig` as its 1.5B had them, and its sentence says where that stands in its code.
 """
 
+from dataclasses import dataclass
+
 from gpt2lib.config import ConfigError, nearest
 
 SWITCHES = {
@@ -55,3 +57,57 @@ def switched(config: dict, switches, **others) -> dict:
         for key, value in others.get(name, SWITCHES[name]).items():
             config[key] = {**config.get(key, {}), **value} if isinstance(value, dict) else value
     return config
+
+
+@dataclass(frozen=True)
+class Run:
+    """What its configuration says of one of its runs (117M.json, 345M.json, PrettyBig.json, 1.5B.json, README)."""
+
+    parameters: int
+    hosts: int  # each of 8 cores, and each reads by itself
+    batch_size: int  # of all hosts
+    max_steps: int
+    segment: int  # steps after which the data begins anew
+    long_share: float  # of the windows, from documents of 512 tokens and more
+    n_ctx: int = 1024
+
+
+_CALL = 10_000  # train_steps of one call of train()
+_DAY = round(300_000 / 7)  # of the 1.5B's steps: it took a week, on TPUs that may be taken away after 24 hours
+RUNS = {
+    "117M": Run(124_439_808, 1, 32, 500_000, _CALL, 0.0),
+    "345M": Run(354_823_168, 1, 8, 500_000, _CALL, 0.0),
+    "PrettyBig": Run(367_419_392, 32, 256, 604_800, _CALL, 0.7),
+    "1.5B": Run(1_557_611_200, 64, 512, 300_000, _DAY, 0.7),
+}
+
+
+def documents_read(run: Run, documents: int, document_tokens: float) -> dict:
+    """How often a run read how many distinct documents, by its configuration.
+
+    Each host begins at the same first file in each segment, and takes a window of each 42 documents that follow, or of
+    each 2 of the long ones, so all of them read one prefix, `hosts` times a segment.
+
+    Args:
+        run: one of RUNS.
+        documents: how many there were.
+        document_tokens: their mean length.
+
+    Returns: distinct documents (long and other ones), the share that they are of all, passes (how often each was read;
+        a window of 1,024 tokens came of 42, or of 2), tokens trained on, tokens in the distinct documents,
+        and epochs, the former over the latter; both also for each parameter.
+    """
+    windows = run.segment * run.batch_size // run.hosts  # that a host draws in a segment
+    long, other = round(windows * run.long_share) * 2, round(windows * (1 - run.long_share)) * 42
+    distinct = min(long + other, documents)
+    trained, there = run.max_steps * run.batch_size * run.n_ctx, distinct * document_tokens
+    return {
+        "documents": distinct,
+        "share": distinct / documents,
+        "passes": run.max_steps / run.segment * run.hosts * (long + other) / distinct,
+        "tokens": trained,
+        "distinct_tokens": there,
+        "epochs": trained / there,
+        "tokens_per_parameter": trained / run.parameters,
+        "distinct_per_parameter": there / run.parameters,
+    }

@@ -41,6 +41,7 @@ MAY_IMPORT = {
     "corpus": MIDDLE,
     "reading": {"config", "data"},
     "recipe2019": {"config"},
+    "ablation": TOP | {"evaluate"},
     "benchmark": TOP | {"evaluate", "corpus"},
     **dict.fromkeys(("train", "evaluate", "plan"), TOP | {"corpus", "evaluate", "plan"}),
 }
