@@ -5,6 +5,7 @@ another one works. So all see the same machine in the same minutes, and medians 
 other.
 """
 
+import collections
 import json
 import math
 import os
@@ -446,8 +447,11 @@ def corpus_datatrove(warcs, vocabulary):
         }
 
 
-def tokenize(texts, vocabulary, library=False):
-    """Seconds to write a corpus of texts that lie in files; `library`: of tiktoken's part of it alone."""
+def tokenize(texts, vocabulary, what="corpus"):
+    """Seconds to write a corpus of texts that lie in files.
+
+    `what`: `corpus`, or only the texts' ids: by `Tokenizer.encode_each` (`ids`) or by tiktoken's batches (`library`).
+    """
     from gpt2lib import corpus
     from gpt2lib.corpus import files
     from gpt2lib.tokenizer import Tokenizer
@@ -459,8 +463,10 @@ def tokenize(texts, vocabulary, library=False):
     while command == "turn":
         with tempfile.TemporaryDirectory() as folder:
             began = time.perf_counter()
-            if library:
+            if what == "library":
                 tokenizer._bpe.encode_ordinary_batch(documents, num_threads=os.cpu_count())
+            elif what == "ids":
+                collections.deque(tokenizer.encode_each(documents), maxlen=0)
             else:
                 corpus.build(f"{folder}/corpus", texts, tokenizer=tokenizer, progress=False)
             command = yield {"seconds": [time.perf_counter() - began]}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from gpt2lib import recipe2019
+from gpt2lib import ablation, recipe2019
 from gpt2lib.config import SIZES, ConfigError, ModelConfig, Reading, TrainConfig
 from gpt2lib.data import Batches, Corpus, CorpusError, write_corpus
 from gpt2lib.model import GPT2
@@ -215,3 +215,51 @@ def test_a_run_reads_as_it_is_told_and_goes_on_after_a_stop(corpus, tmp_path):
     assert [x["loss"] for x in whole["train"]] == [x["loss"] for x in cut["train"]]
     usual = Batches(corpus, batch_size=4, n_ctx=T, seed=0)
     assert not (read(corpus, seed=0, restart_every=4, hosts=2, buffer=30, stitch=3)[0] == usual[0]).all()
+
+
+def test_what_2019_read_is_what_its_configurations_say():
+    pretty = recipe2019.documents_read(recipe2019.RUNS["PrettyBig"], 8_000_000, 1000.0)
+    assert pretty["documents"] == 112_000 + 1_008_000, "of 80,000 windows of a host in a call, 70% of 2, the rest of 42"
+    assert pretty["passes"] == pytest.approx(60.48 * 32)
+    assert pretty["tokens"] == pytest.approx(158.5e9, rel=1e-3)
+    assert pretty["epochs"] == pytest.approx(pretty["tokens"] / 1.12e9)
+    small = recipe2019.documents_read(recipe2019.RUNS["117M"], 8_000_000, 1000.0)
+    assert small["share"] == 1 and small["passes"] == pytest.approx(10_000 * 32 * 42 * 50 / 8e6)
+
+    run = recipe2019.Run(parameters=10, hosts=2, batch_size=4, max_steps=20, segment=5, long_share=0.0, n_ctx=8)
+    times = np.zeros(1000, int)
+    for _ in range(run.max_steps // run.segment):
+        for _ in range(run.hosts):
+            for window in range(run.segment * run.batch_size // run.hosts):
+                times[42 * window : 42 * (window + 1)] += 1
+    said = recipe2019.documents_read(run, len(times), 30.0)
+    assert said["documents"] == (times > 0).sum() and said["passes"] == times.max()
+
+
+def test_runs_side_by_side_are_those_one_by_one(corpus, tmp_path):
+    def configs(place):
+        fields = dict(
+            corpus=str(corpus.folder), learning_rate=1e-2, max_steps=6, warmup_steps=1, batch_size=4, log_every=3,
+            validate_every=3, validation_windows=4, progress=False, measure_layers=True,
+            model=dict(n_ctx=T, n_embd=12, n_head=2, n_layer=1, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0),
+        )  # fmt: skip
+        return [{**fields, "seed": seed, "run_dir": str(tmp_path / place / str(seed))} for seed in (1, 2, 3)]
+
+    one_by_one = ablation.run_all(configs("a"), 1, progress=False)
+    beside = ablation.run_all(configs("b"), 2, progress=False, tasks=["wikitext2"], benchmarks=str(tmp_path))
+    for a, b in zip(one_by_one, beside, strict=True):
+        assert a["config"]["seed"] == b["config"]["seed"]
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["documents"] == b["documents"] and len(b["layers"]) == 2
+    assert "wikitext2" in beside[0]["left_out"] and not beside[0]["perplexities"]
+    kept = [(tmp_path / "b" / seed / "ablation.json").stat().st_mtime_ns for seed in "123"]
+    assert ablation.run_all(configs("b"), 2, progress=False) == beside
+    assert [(tmp_path / "b" / seed / "ablation.json").stat().st_mtime_ns for seed in "123"] == kept
+
+    wrong = configs("c")
+    wrong[1]["corpus"] = str(tmp_path / "nowhere")
+    with pytest.raises(CorpusError, match="nowhere"):
+        ablation.run_all(wrong, 2, progress=False)
+    with pytest.raises(ConfigError, match="max_step"):
+        ablation.run_all([configs("d")[0], {**configs("d")[1], "max_step": 3}], 2, progress=False)
+    assert not (tmp_path / "d").exists(), "all are looked at before one runs"
