@@ -7,14 +7,17 @@ from dataclasses import dataclass
 
 from gpt2lib.config import ConfigError, nearest
 
+_CALL = 10_000  # train_steps of one call of train()
+_DAY = round(300_000 / 7)  # of the 1.5B's steps: it took a week, on TPUs that may be taken away after 24 hours
 SWITCHES = {
     # optimizers.py and 1.5B.json: 2.5e-4 times max(RMS(parameter), 1e-3), where the paper's relative rate is 1e-2
     "small rate": {"learning_rate": 2.5e-4},
-    # main.py calls train() for 10,000 steps at a time, and each call, like each pre-emption, begins the data anew
-    "restart": {"reading": {"restart_every": 10_000}},
+    # main.py calls train() for so many steps at a time (the 1.5B for 100,000), and each call, like each pre-emption,
+    # begins the data anew
+    "restart": {"reading": {"restart_every": _CALL}},
     # inputs.py never looks at which host it runs on, 64 of a v3-512
     "same on hosts": {"reading": {"hosts": 64}},
-    # inputs.py: shuffle(1000 * stitch) of files that are read in their order; stitch is 2 for long documents
+    # inputs.py: shuffle(1000 * stitch) of files that are read in their order; stitch is 2 for long documents, 42 else
     "small buffer": {"reading": {"buffer": 2000}},
     # inputs.py: one window of 1,024 tokens from 42 documents in a row
     "stitch": {"reading": {"stitch": 42}},
@@ -72,8 +75,6 @@ class Run:
     n_ctx: int = 1024
 
 
-_CALL = 10_000  # train_steps of one call of train()
-_DAY = round(300_000 / 7)  # of the 1.5B's steps: it took a week, on TPUs that may be taken away after 24 hours
 RUNS = {
     "117M": Run(124_439_808, 1, 32, 500_000, _CALL, 0.0),
     "345M": Run(354_823_168, 1, 8, 500_000, _CALL, 0.0),

@@ -11,9 +11,9 @@ import pytest
 from literal import distinctive
 from test_suite import FILES
 
-from gpt2lib import report, study
+from gpt2lib import recipe2019, report, study
 from gpt2lib.checkpoint import save_huggingface
-from gpt2lib.config import ModelConfig, TrainConfig, size
+from gpt2lib.config import ModelConfig, Reading, TrainConfig, size
 from gpt2lib.model import GPT2
 from gpt2lib.tokenizer import Tokenizer
 
@@ -40,6 +40,9 @@ def smaller(run) -> dict:
     if kind == "03":
         given |= {"validate_every": 2, "validation_windows": 4, "checkpoint_every": 4, "log_every": 1}
         given |= {"model": given["model"] | TINY, "expect_drop": -100.0}
+        if reading := given.get("reading"):
+            few = {"restart_every": 2, "hosts": min(reading.get("hosts", 1), 2), "buffer": 6, "stitch": 3}
+            given["reading"] = reading | few | {"long_tokens": 40}
     if given.get("tokenizer") == "gpt2":
         given["tokenizer"] = None
     if "progress" in study._defaults(run.source):
@@ -114,6 +117,11 @@ def test_what_the_recipes_say(name, monkeypatch):
         assert config.model_config() == size(which).replace(**given["model"])
         tokens = config.batch_tokens * config.max_steps
         if recipe == "2019":
+            known, reading = recipe2019.RUNS[which], Reading.from_dict(config.reading)
+            assert (known.batch_size, known.max_steps) == (config.batch_size, config.max_steps)
+            said = (reading.hosts, reading.restart_every, reading.long_share)
+            assert said == (known.hosts, known.segment, known.long_share)
+            assert config.model_config().n_params == known.parameters
             row = next(h for h in plans["history"] if h["run"] == which and h["dtype"] == "float32")
             assert tokens == pytest.approx(row["billion tokens"] * 1e9)
             hours, topology = row["days"] * 24, row["topology"]

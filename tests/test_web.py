@@ -530,6 +530,29 @@ def test_a_page_that_breaks_a_parser_is_kept_with_the_reason(tmp_path):
     ]
 
 
+def test_saved_pages_say_their_address(tmp_path):
+    """Those of a folder, .html and .htm, by their canonical link; what has none is counted as such."""
+    saved = tmp_path / "saved"
+    (saved / "more").mkdir(parents=True)
+    link = '<link rel="canonical" href="{}"/>'
+    (saved / "a.html").write_text(page(article(1), link.format("https://www.Example.org/a?utm_source=x#top")))
+    (saved / "more" / "b.HTM").write_text(page(article(2), '<meta property="og:url" content="http://example.com/b"/>'))
+    (saved / "c.html").write_text(page(article(3), link.format("https://en.wikipedia.org/wiki/C")))
+    (saved / "d.html").write_text(page(article(4)))
+    (saved / "e.html").write_bytes(b"")
+    (saved / "style.css").write_text("p {}")
+    found = pipeline.run(tmp_path / "run", warcs=[saved], progress=False, options=["--runner=DirectRunner"])
+    texts = found["funnel"][0]
+    assert (texts["entered"], texts["left"]) == (5, 2)
+    assert texts["dropped"] == {"blocked domain": 1, "without an address": 2}
+    records = [r for path in found["texts"].glob("part-*.jsonl.gz") for r in pipeline.read_part(path)]
+    assert {r["url"] for r in records} == {"https://www.example.org/a", "http://example.com/b"}
+    assert all(r["text"].count("that") > 10 and "Section" not in r["text"] for r in records)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CorpusError, match=r"empty has no saved pages \(\.html, \.htm\)"):
+        pipeline.run(tmp_path / "none", warcs=[tmp_path / "empty"], progress=False)
+
+
 def test_bad_input_is_one_sentence(result, tmp_path):
     local = {"progress": False, "options": ["--runner=DirectRunner"]}
     with pytest.raises(CorpusError, match="give one of lists"):

@@ -16,6 +16,7 @@ from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
 import aiohttp
+import trafilatura
 from aiohttp.abc import AbstractResolver
 from protego import Protego
 from warcio.archiveiterator import ArchiveIterator
@@ -299,6 +300,31 @@ def read_warc(path: Path | str) -> Iterator[dict]:
                     yield {"url": record.rec_headers.get_header("WARC-Target-URI"), "html": html}
     except (ArchiveLoadFailed, OSError, EOFError) as error:
         raise CorpusError(f"{path} is not a WARC file that can be read: {error}") from error
+
+
+def read_pages(path: Path) -> Iterator[dict]:
+    """The same of a WARC file, or of a folder of saved pages, .html and .htm.
+
+    Their `url` is their canonical link, or what they tell social networks (`og:url`), or "".
+    """
+    if path.is_file():
+        yield from read_warc(path)
+        return
+    for page in saved_pages(path):
+        html = page.read_bytes()
+        tree = trafilatura.load_html(html)
+        found = (
+            [] if tree is None else tree.xpath("//link[@rel='canonical']/@href | //meta[@property='og:url']/@content")
+        )
+        yield {"url": next((url for url in map(str, found) if "://" in url), ""), "html": html}
+
+
+def saved_pages(folder: Path) -> list[Path]:
+    """Its pages, in the order of their names. CorpusError if there is none."""
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".html", ".htm") and path.is_file())
+    if not found:
+        raise CorpusError(f"{folder} has no saved pages (.html, .htm); give a folder that does, or a WARC file")
+    return found
 
 
 def identity(url: str) -> str:

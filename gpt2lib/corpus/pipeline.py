@@ -198,15 +198,17 @@ def fetch(n: int, folder: Path, source: Path, manners: Manners) -> None:
 
 
 def read_pages(n: int, folder: Path, warcs: Sequence[Path], language: str | None) -> None:
-    """WARC file n -> the texts of its pages, by id."""
+    """WARC file or folder of pages n -> the texts of its pages, by id."""
 
     def pages():
         seen = Counter()  # pages of one address; their order in the file does not matter
-        for record in crawl.read_warc(warcs[n]):
+        for record in crawl.read_pages(warcs[n]):
             yield {"id": crawl.identity(f"{record['url']} {warcs[n].name} {seen[record['url']]}"), **record}
             seen[record["url"]] += 1
 
     def address(record):
+        if not record["url"]:
+            raise urls.Refused("without an address")
         return {**record, "url": urls.check(urls.canonical(record["url"]))}
 
     _texts(n, folder, pages(), [address, text.extract], language)
@@ -481,7 +483,8 @@ def run(
 
     Args:
         lists: files of URLs, see `urls.read_list`; links below `min_score` are left out.
-        warcs: WARC files of pages that were fetched before, by whomever.
+        warcs: WARC files of pages that were fetched before, by whomever, or folders of pages saved as .html files,
+            which say their address in their canonical link.
         source: what `files.documents` reads, with its `text_field`; or "docstrings", of all packages or `packages`.
         parts: in how many the URLs are cut, by host; None: 2,000 in each, but at least 16 parts.
         manners: how pages are fetched; those that are there stay as they are.
@@ -500,7 +503,7 @@ def run(
         raise CorpusError("give one of lists (of URLs), warcs and source (a folder of texts)")
     lists, warcs = [Path(p).resolve() for p in lists], [Path(p).resolve() for p in warcs]
     for path in (*lists, *warcs):
-        if not path.is_file():
+        if not path.is_file() and not (path in warcs and path.is_dir()):
             raise CorpusError(f"the file {path} does not exist")
     this = Run(Path(folder).resolve(), options, progress)
     this.folder.mkdir(parents=True, exist_ok=True)
@@ -528,7 +531,9 @@ def run(
         fetched = this.stage("pages", {}, parts, functools.partial(this.each, work=work))
         warcs, made = [part(fetched, n, ".warc.gz") for n in range(parts)], []
     else:
-        made = [files.described(p, p.name) for p in warcs] if warcs else files.describe(source)
+        given = [(p, page) for p in warcs for page in ([p] if p.is_file() else crawl.saved_pages(p))]
+        made = [files.described(page, page.relative_to(p.parent).as_posix()) for p, page in given]
+        made = made if warcs else files.describe(source)
     if warcs:
         n, work = len(warcs), functools.partial(read_pages, warcs=warcs, language=language)
     else:
