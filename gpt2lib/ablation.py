@@ -32,11 +32,12 @@ def run(config: dict, tasks=(), benchmarks="data/benchmarks", download=False) ->
         benchmarks: the folder of their files.
         download: whether to fetch a file that is not there; a task without its file is left out.
 
-    Returns: config, loss (last of the validation, nats per token), curve [[tokens seen, validation loss]], layers
-        [[tokens seen, {block: [RMS of update, RMS of parameters]}]], perplexities {task: per unit of the task},
-        left_out {task: why}, documents (distinct ones seen), parameters, seconds.
+    Returns: config, loss (last of the validation, nats per token; None where it diverged), diverged (how, or None),
+        curve [[tokens seen, validation loss]], layers [[tokens seen, {block: [RMS of update, RMS of parameters]}]],
+        perplexities {task: per unit of the task}, left_out {task: why}, documents (distinct ones seen in all steps),
+        parameters, seconds.
 
-    Raises: what `train` raises.
+    Raises: what `train` raises, but Diverged: that is a result.
     """
     config = TrainConfig.from_dict(config)
     place, said = _kept(config)
@@ -47,32 +48,41 @@ def run(config: dict, tasks=(), benchmarks="data/benchmarks", download=False) ->
     from gpt2lib.evaluate import suite
     from gpt2lib.evaluate.score import Scorer
     from gpt2lib.reading import ReadBatches, documents_seen
-    from gpt2lib.train import train
+    from gpt2lib.train import Diverged, model_config, train
 
-    history = train(config)
-    model, _ = checkpoint.load(place.parent)
-    data, perplexities, left_out = Corpus(locate(config.corpus)), {}, {}
-    options = suite.Options(variants=False)
-    for task in tasks:
+    data, perplexities, left_out, diverged = Corpus(locate(config.corpus)), {}, {}, None
+    shape, options = model_config(config, data), suite.Options(variants=False)
+    try:
+        history = train(config)
+        model, _ = checkpoint.load(place.parent)
+    except Diverged as error:
+        diverged = str(error)
+        lines = [json.loads(line) for line in (place.parent / "metrics.jsonl").read_text().splitlines()]
+        history = {
+            "validation": [x for x in lines if "validation_loss" in x],
+            "train": [x for x in lines if "loss" in x],
+        }
+    for task in () if diverged else tasks:
         try:
             figures, _ = suite.measure(task, Scorer(model), data.tokenizer, locate(benchmarks), options, download)
             perplexities[task] = next(iter(figures.values()))["perplexity"]
         except suite.PROBLEMS as problem:
             left_out[task] = str(problem)
-    order = dict(batch_size=config.batch_size, n_ctx=model.config.n_ctx, seed=config.seed)
+    order = dict(batch_size=config.batch_size, n_ctx=shape.n_ctx, seed=config.seed)
     batches = (
         ReadBatches(data, Reading.from_dict(config.reading), **order) if config.reading else Batches(data, **order)
     )
     said = {
         "config": config.to_dict(),
-        "loss": history["validation"][-1]["validation_loss"],
+        "loss": None if diverged else history["validation"][-1]["validation_loss"],
+        "diverged": diverged,
         "curve": [[x["tokens_seen"], x["validation_loss"]] for x in history["validation"]],
         "layers": [[x["tokens_seen"], x["layers"]] for x in history["train"] if "layers" in x],
         "perplexities": perplexities,
         "left_out": left_out,
         "documents": documents_seen(batches, config.max_steps),
-        "parameters": model.config.n_params,
-        "seconds": history["train"][-1]["seconds"],
+        "parameters": shape.n_params,
+        "seconds": max(x["seconds"] for x in history["train"] + history["validation"]),
     }
     write_atomically(place, json.dumps(said).encode())
     return said

@@ -53,6 +53,10 @@ class TrainingError(RuntimeError):
     """A run that cannot go on; the message says at which step and why."""
 
 
+class Diverged(TrainingError):
+    """A run of which loss, gradient or parameters are no finite numbers any more."""
+
+
 class Stopped(TrainingError):
     """A run that stopped before its end as it was asked to, saved; the message says how to go on."""
 
@@ -364,8 +368,8 @@ def train(config: TrainConfig, restart: bool = False) -> dict:
     state to inspect) for loss spikes and gradients that are not finite. A finished run is not trained again. After a
     kill, all later losses are those of an undisturbed run, bit for bit. SIGTERM and Ctrl-C save first.
 
-    Raises Stopped when `max_minutes` are over; TrainingError on a non-finite gradient, naming the step, and when memory
-    runs out; ConfigError if `run_dir` holds another run or the batch does not divide over the devices.
+    Raises Stopped when `max_minutes` are over; Diverged on a non-finite gradient, naming the step; TrainingError when
+    memory runs out; ConfigError if `run_dir` holds another run or the batch does not divide over the devices.
 
     Args:
         config: `TrainConfig`.
@@ -436,7 +440,7 @@ def train(config: TrainConfig, restart: bool = False) -> dict:
     def validate():
         result = total(window_losses(step.losses, validation, rows))
         if not math.isfinite(result.loss):
-            raise TrainingError(f"the validation loss after step {done} is {result.loss}; lower the learning rate")
+            raise Diverged(f"the validation loss after step {done} is {result.loss}; lower the learning rate")
         error = None if math.isnan(result.standard_error) else result.standard_error  # of one window
         write(
             {"step": done, "tokens_seen": done * batch_tokens, "validation_loss": result.loss,
@@ -482,7 +486,7 @@ def train(config: TrainConfig, restart: bool = False) -> dict:
                     sentence = report(failed + 1, f"the RMS of the parameters after its update is {rms}", failed + 1)
                 else:
                     sentence = report(failed + 1, f"the loss is {loss}, the norm of its gradient {norm}", failed)
-                raise TrainingError(
+                raise Diverged(
                     f"{sentence}; lower the learning rate ({config.learning_rate}), lengthen the warm-up "
                     f"({config.warmup_steps} steps) or clip gradients; the last checkpoint is as it was"
                 )

@@ -34,7 +34,7 @@ def test_it_goes_on_and_says_what_its_runs_say(tmp_path):
     (study / "07_ablate.yaml").write_text(
         "# A test. Hardware: 2 CPU cores. Takes half a minute.\n"
         "arms: {small rate: [small rate], restart: [restart], '2019': [all]}\n"
-        "rates: {relative: {fields: {}, values: [1.0e-3, 1.0e-2]}}\n"
+        "rates: {relative: {fields: {}, values: [1.0e-3, 1.0e-2, 1.0e+9]}}\n"
         "scales: {wider: {model: {n_embd: 48}, max_steps: 30}}\n"
         "scale_arms: [small rate]\n"
         "tasks: [wikitext2]\ndownload: false\n"
@@ -56,7 +56,7 @@ def test_it_goes_on_and_says_what_its_runs_say(tmp_path):
 
     numbers = json.loads((study / "07_ablate.json").read_text())["numbers"]
     kept = {path.parent: json.loads(path.read_text()) for path in runs.rglob("ablation.json")}
-    assert len(kept) == 4 * 2 + 2 + 2 * 2
+    assert len(kept) == 4 * 2 + 3 + 2 * 2
     rows = {row["arm"]: row for row in numbers["arms"]}
     assert list(rows) == ["good", "small rate", "restart", "2019"]
     losses = {arm: [kept[runs / arm.replace(" ", "-") / seed]["loss"] for seed in "01"] for arm in rows}
@@ -69,7 +69,11 @@ def test_it_goes_on_and_says_what_its_runs_say(tmp_path):
     assert rows["restart"]["documents"] < rows["good"]["documents"]
     assert [row["scale"] for row in numbers["scales"]] == ["wider"]
     assert numbers["scales"][0]["parameters"] > numbers["parameters"]
-    assert [rate for rate, _ in numbers["rates"]["relative"]] == [1e-3, 1e-2]
+    assert [rate for rate, _ in numbers["rates"]["relative"]] == [1e-3, 1e-2, 1e9]
+    assert [loss is None for _, loss in numbers["rates"]["relative"]] == [False, False, True], "the last one diverged"
+    (diverged,) = numbers["runs"]["relative at 1e+09"]
+    assert "lower the learning rate" in diverged["diverged"] and diverged["curve"]
+    assert not any(row["diverged"] for row in rows.values())
     names = {path.name for path in (study / "figures").glob("*.png")}
     assert names == {f"07_ablate{name}.png" for name in ("", "-updates", "-rates", "-scales")}
     assert str(tmp_path) not in (study / "07_ablate.ipynb").read_text()
