@@ -208,6 +208,20 @@ def test_readme_says_what_a_corpus_costs():
     assert f"Tokens alone are made at {rates[0]} MB/s" in readme and f"reaches {rates[1]}." in readme
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "reports/ablation").glob("07_*.json")), ids=lambda path: path.stem)
+def test_the_verdict_has_what_was_recorded(path):
+    """Each piece of the ablation has a table of its arms, and the losses by learning rate where it has those."""
+    numbers, verdict = json.loads(path.read_text())["numbers"], (path.parent / "README.md").read_text()
+    for row in numbers["arms"]:
+        gap = "" if row["arm"] == "good" else f"{row['worse by']:.2f}"
+        gap += f" ± {row['± 95%']:.2f}" if gap and row["± 95%"] else ""
+        factor = f"{row['factor in perplexity']:.2f}" if gap else ""
+        assert f"| {row['arm']} | {row['loss']:.2f} | {gap} | {factor} | {row['documents']:,} |" in verdict
+    for name, points in numbers["rates"].items():
+        losses = ", ".join(f"{rate:g}: {loss:.2f}" for rate, loss in points)
+        assert f"{name}: {losses}" in verdict.replace("\n", " ")
+
+
 def test_readme_says_what_the_compiler_said():
     """The claim of 2019, what makes Adam fit after all, and how well the chips are used."""
     numbers = json.loads((ROOT / "reports" / "plan" / "00_plan.json").read_text())["numbers"]
