@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from gpt2lib.config import Reading, TrainConfig
-from gpt2lib.report import locate, write_atomically
+from gpt2lib.report import locate, workspace, write_atomically
 
 
 def _kept(config: TrainConfig) -> tuple[Path, dict | None]:
@@ -56,7 +56,7 @@ def run(config: dict, tasks=(), benchmarks="data/benchmarks", download=False) ->
         history = train(config)
         model, _ = checkpoint.load(place.parent)
     except Diverged as error:
-        diverged = str(error)
+        diverged = str(error).replace(f"{workspace()}/", "")
         lines = [json.loads(line) for line in (place.parent / "metrics.jsonl").read_text().splitlines()]
         history = {
             "validation": [x for x in lines if "validation_loss" in x],

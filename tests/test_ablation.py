@@ -76,4 +76,5 @@ def test_it_goes_on_and_says_what_its_runs_say(tmp_path):
     assert not any(row["diverged"] for row in rows.values())
     names = {path.name for path in (study / "figures").glob("*.png")}
     assert names == {f"07_ablate{name}.png" for name in ("", "-updates", "-rates", "-scales")}
-    assert str(tmp_path) not in (study / "07_ablate.ipynb").read_text()
+    for suffix in ("ipynb", "json"):
+        assert str(tmp_path) not in (study / f"07_ablate.{suffix}").read_text()
