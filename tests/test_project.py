@@ -218,7 +218,7 @@ def test_the_verdict_has_what_was_recorded(path):
         factor = f"{row['factor in perplexity']:.2f}" if gap else ""
         assert f"| {row['arm']} | {row['loss']:.2f} | {gap} | {factor} | {row['documents']:,} |" in verdict
     for name, points in numbers["rates"].items():
-        losses = ", ".join(f"{rate:g}: {loss:.2f}" for rate, loss in points)
+        losses = ", ".join(f"{rate:g}: diverged" if loss is None else f"{rate:g}: {loss:.2f}" for rate, loss in points)
         assert f"{name}: {losses}" in verdict.replace("\n", " ")
 
 
