@@ -458,6 +458,26 @@ def test_quality(reason, body):
             text.quality({"text": body})
 
 
+@pytest.mark.parametrize(
+    "head, encoding",
+    [
+        ('<meta charset="iso-8859-1">', "iso-8859-1"),
+        ('<META http-equiv="Content-Type" content="text/html; charset=windows-1252">', "cp1252"),
+        ('<meta charset="utf-8">', "utf-8"),
+        ('<meta charset="iso-8859-1">', "utf-8"),  # it lies
+        ('<meta charset="koi8-r">', "koi8-r"),
+        ("", "utf-8-sig"),
+    ],
+)
+def test_a_page_is_read_as_it_declares(head, encoding):
+    word = "\u0433\u043e\u0440\u043e\u0434" if encoding == "koi8-r" else "Z\u00fcrich"
+    sentences = [s.replace("the", word) for s in article(3)]
+    for start in ("", f'<?xml version="1.0" encoding="{encoding}"?>\n'):
+        html = (start + page(sentences, head)).encode(encoding)
+        found = text.extract({"url": "http://example.org/", "html": html})["text"]
+        assert found.count(word) > 20 and "\ufffd" not in found
+
+
 def test_encodings_are_put_right():
     broken = "na\u00efve caf\u00e9 \u2014 quoted".encode().decode("cp1252")
     assert text.fix({"text": f"{broken}  \r\nx\x07"}) == {"text": "na\u00efve caf\u00e9 \u2014 quoted\nx"}

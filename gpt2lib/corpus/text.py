@@ -3,6 +3,7 @@
 A record is a dict: `id` and `url`, then `html` (bytes) or `text`.
 """
 
+import contextlib
 import logging
 import re
 from collections import Counter
@@ -28,20 +29,38 @@ MAX_REPEATED_LINES = 0.3  # of the lines, and MAX_REPEATED_CHARACTERS of the cha
 MAX_REPEATED_CHARACTERS = 0.2
 
 
+_CHARSET = re.compile(rb"""<(?:meta|\?xml)[^>]*?(?:charset|encoding)\s*=\s*["']?\s*([\w-]+)""", re.IGNORECASE)
+_XML = re.compile(r"^\s*<\?xml[^>]*>")
+
+
 def extract(record: dict) -> dict:
     """The main text of an HTML page, without menus, comments and tables; where trafilatura finds none, its paragraphs.
 
     The encoding is taken from the page itself, since servers are often wrong about it.
     """
-    tree = trafilatura.load_html(record["html"])
+    html = decoded(record["html"])
+    tree = trafilatura.load_html(html)
     if tree is None:
         raise Refused("no HTML")
     text = trafilatura.extract(tree, url=record["url"], include_comments=False, include_tables=False)
     if not text:
-        text = trafilatura.baseline(record["html"])[1]
+        text = trafilatura.baseline(html)[1]
     if not text:
         raise Refused("no text")
     return {**{k: v for k, v in record.items() if k != "html"}, "text": text}
+
+
+def decoded(html: bytes) -> str | bytes:
+    """A page as UTF-8 if it is that, else as it declares; if neither, its bytes, whose encoding trafilatura guesses.
+
+    What it guesses depends on the detectors that are installed beside it.
+    """
+    declared = _CHARSET.search(html[:2048])
+    for encoding in ("utf-8-sig", declared and declared[1].decode("ascii")):
+        with contextlib.suppress(LookupError, UnicodeDecodeError):
+            if encoding:
+                return _XML.sub("", html.decode(encoding), count=1)  # lxml refuses text that declares an encoding
+    return html
 
 
 def fix(record: dict) -> dict:
