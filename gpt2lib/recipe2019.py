@@ -5,7 +5,7 @@ A switch is a few fields of `TrainConfig` as its 1.5B had them, and its sentence
 
 from dataclasses import dataclass
 
-from gpt2lib.config import ConfigError, nearest
+from gpt2lib.config import ConfigError, nearest, size
 
 _CALL = 10_000  # train_steps of one call of train()
 _DAY = round(300_000 / 7)  # of the 1.5B's steps: it took a week, on TPUs that may be taken away after 24 hours
@@ -76,10 +76,10 @@ class Run:
 
 
 RUNS = {
-    "117M": Run(124_439_808, 1, 32, 500_000, _CALL, 0.0),
-    "345M": Run(354_823_168, 1, 8, 500_000, _CALL, 0.0),
-    "PrettyBig": Run(367_419_392, 32, 256, 604_800, _CALL, 0.7),
-    "1.5B": Run(1_557_611_200, 64, 512, 300_000, _DAY, 0.7),
+    "117M": Run(size("117M").n_params, 1, 32, 500_000, _CALL, 0.0),
+    "345M": Run(size("345M").n_params, 1, 8, 500_000, _CALL, 0.0),
+    "PrettyBig": Run(size("PrettyBig").n_params, 32, 256, 604_800, _CALL, 0.7),
+    "1.5B": Run(size("1.5B").n_params, 64, 512, 300_000, _DAY, 0.7),
 }
 
 

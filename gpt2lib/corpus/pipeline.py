@@ -531,9 +531,10 @@ def run(
         fetched = this.stage("pages", {}, parts, functools.partial(this.each, work=work))
         warcs, made = [part(fetched, n, ".warc.gz") for n in range(parts)], []
     else:
-        given = [(p, page) for p in warcs for page in ([p] if p.is_file() else crawl.saved_pages(p))]
-        made = [files.described(page, page.relative_to(p.parent).as_posix()) for p, page in given]
-        made = made if warcs else files.describe(source)
+        made = [] if warcs else files.describe(source)
+        for path in warcs:
+            pages = [path] if path.is_file() else crawl.saved_pages(path)
+            made += [files.described(page, page.relative_to(path.parent).as_posix()) for page in pages]
     if warcs:
         n, work = len(warcs), functools.partial(read_pages, warcs=warcs, language=language)
     else:
