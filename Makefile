@@ -21,9 +21,10 @@ reports/%: .venv/.installed FORCE
 # Compares with Hugging Face, which nothing else needs.
 reports/benchmark: .venv/.installed-bench
 
+# Two files of tests at a time: each process may take 3 GB.
 test: .venv/.installed-test
-	KERAS_BACKEND=tensorflow $(PYTEST) tests
-	KERAS_BACKEND=jax $(PYTEST) tests -m "not backend_free and not slow"
+	KERAS_BACKEND=tensorflow $(PYTEST) -n 2 --dist loadfile tests
+	KERAS_BACKEND=jax $(PYTEST) -n 2 --dist loadfile tests -m "not backend_free and not slow"
 
 # pytest exits with 5 where it finds nothing to run
 test-slow: .venv/.installed-test

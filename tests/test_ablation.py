@@ -33,7 +33,8 @@ def test_it_goes_on_and_says_what_its_runs_say(tmp_path):
     study.mkdir(parents=True)
     (study / "07_ablate.yaml").write_text(
         "# A test. Hardware: 2 CPU cores. Takes half a minute.\n"
-        "arms: {small rate: [small rate], restart: [restart], '2019': [all]}\n"
+        "arms: {small rate: [small rate], restart: [restart],\n"
+        "  '2019': {switches: [all], scaled: {restart: {reading: {restart_every: 5}}}}}\n"
         "rates: {relative: {fields: {}, values: [1.0e-3, 1.0e-2, 1.0e+9]}}\n"
         "scales: {wider: {model: {n_embd: 48}, max_steps: 30}}\n"
         "scale_arms: [small rate]\n"
@@ -56,7 +57,9 @@ def test_it_goes_on_and_says_what_its_runs_say(tmp_path):
 
     numbers = json.loads((study / "07_ablate.json").read_text())["numbers"]
     kept = {path.parent: json.loads(path.read_text()) for path in runs.rglob("ablation.json")}
-    assert len(kept) == 4 * 2 + 3 + 2 * 2
+    assert len(kept) == 4 * 2 + 2 + 2 * 2, "the good recipe, at its own rate too, is one run for each seed"
+    every = {arm: kept[runs / arm / "0"]["config"]["reading"]["restart_every"] for arm in ("restart", "2019")}
+    assert every == {"restart": 10, "2019": 5}
     rows = {row["arm"]: row for row in numbers["arms"]}
     assert list(rows) == ["good", "small rate", "restart", "2019"]
     losses = {arm: [kept[runs / arm.replace(" ", "-") / seed]["loss"] for seed in "01"] for arm in rows}
@@ -71,6 +74,7 @@ def test_it_goes_on_and_says_what_its_runs_say(tmp_path):
     assert numbers["scales"][0]["parameters"] > numbers["parameters"]
     assert [rate for rate, _ in numbers["rates"]["relative"]] == [1e-3, 1e-2, 1e9]
     assert [loss is None for _, loss in numbers["rates"]["relative"]] == [False, False, True], "the last one diverged"
+    assert numbers["rates"]["relative"][1][1] == losses["good"][0]
     (diverged,) = numbers["runs"]["relative at 1e+09"]
     assert "lower the learning rate" in diverged["diverged"] and diverged["curve"]
     assert not any(row["diverged"] for row in rows.values())

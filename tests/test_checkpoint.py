@@ -1,6 +1,7 @@
 """Checkpoints: OpenAI's layout to the bit; training checkpoints that outlive what happens to disks."""
 
 import errno
+import functools
 import http.server
 import importlib.util
 import json
@@ -522,8 +523,8 @@ def test_another_size_names_the_variable_and_its_shapes():
 def state(optimizer: str):
     """The step of a model and an optimizer, which holds all that a run must restore."""
     model = GPT2(SIZES["test"], seed=4)
-    make = {"adafactor": lambda: Adafactor(0.01, beta1=0.9), "adamw": lambda: keras.optimizers.AdamW(0.01)}[optimizer]
-    optimizer = make()
+    make = {"adafactor": functools.partial(Adafactor, beta1=0.9), "adamw": keras.optimizers.AdamW}[optimizer]
+    optimizer = make(0.01, name=optimizer)  # Keras would number those of one process
     optimizer.build(model.trainable_variables)
     config = TrainConfig(corpus="", run_dir="")
     return make_step(model, optimizer, model.trainable_variables, config, places())
