@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import threading
+import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -53,7 +54,9 @@ def run(config: dict, tasks=(), benchmarks="data/benchmarks", download=False) ->
     data, perplexities, left_out, diverged = Corpus(locate(config.corpus)), {}, {}, None
     shape, options = model_config(config, data), suite.Options(variants=False)
     try:
-        history = train(config)
+        with warnings.catch_warnings():  # of spikes, that small batches have; incidents.jsonl has them
+            warnings.filterwarnings("ignore", r"step \d+: the loss")
+            history = train(config)
         model, _ = checkpoint.load(place.parent)
     except Diverged as error:
         diverged = str(error).replace(f"{workspace()}/", "")
