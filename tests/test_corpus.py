@@ -129,7 +129,11 @@ def test_text_field(tmp_path):
         ("a.jsonl", b'{"text": null}\n', r"a\.jsonl, line 1: the field `text` is not text but None"),
         ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl, after line 0: this is not UTF-8"),
         ("a.jsonl.gz", b"plain", r"a\.jsonl\.gz, after line 0: the gzip file is broken"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n')[:-9], r"a\.jsonl\.gz, after line \d: the gzip file is broken"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"text": "x"}\n', mtime=0)[:-9],
+            r"a\.jsonl\.gz, after line \d: the gzip file is broken",
+        ),
         ("a.txt", b"\xff\xfe", r"a\.txt is not UTF-8"),
         ("a.parquet", b"PAR1 no", r"a\.parquet is not a Parquet file"),
     ],
