@@ -212,14 +212,13 @@ def test_readme_says_what_a_corpus_costs():
 def test_the_verdict_has_what_was_recorded(path):
     """Each piece of the ablation has a table of its arms, and the losses by learning rate where it has those."""
     numbers, verdict = json.loads(path.read_text())["numbers"], (path.parent / "README.md").read_text()
-    for scale in dict.fromkeys(
-        (row["parameters"], row["tokens"]) for row in numbers["scales"]
-    ):  # the arms are among them
+    scales = dict.fromkeys((row["parameters"], row["tokens"]) for row in numbers["scales"])  # the arms are among them
+    for scale in scales:
         rows = [row for row in numbers["scales"] if (row["parameters"], row["tokens"]) == scale]
         cells = [f"{scale[0]:,}", f"{scale[1] / 1e6:.1f}", f"{rows[0]['good']:.2f}", f"{rows[0]['bigram']:.2f}"]
         cells += [f"{row['worse by']:.2f} ± {row['± 95%']:.2f}" for row in rows]
         assert f"| {' | '.join(cells)} |\n" in verdict
-    for row in [] if numbers["scales"] else numbers["arms"]:
+    for row in [] if scales else numbers["arms"]:
         gap = "" if row["arm"] == "good" else f"{row['worse by']:.2f}"
         gap += f" ± {row['± 95%']:.2f}" if gap and row["± 95%"] else ""
         factor = f"{row['factor in perplexity']:.2f}" if gap else ""
