@@ -233,6 +233,29 @@ def test_the_verdict_has_what_was_recorded(path):
         assert f"{name}: {losses}" in verdict.replace("\n", " ")
 
 
+def test_the_verdict_begins_with_the_factors():
+    def arms(piece):
+        recorded = json.loads((ROOT / f"reports/ablation/07_ablate-{piece}.json").read_text())["numbers"]["arms"]
+        return {row["arm"]: row for row in recorded}
+
+    verdict, alone, webtext = (ROOT / "reports/ablation/README.md").read_text(), arms("2-switches"), arms("3-webtext")
+    for choice, arm in (
+        ("all of the 1.5B's", "2019"),
+        ("a relative rate of 2.5e-4", "small rate"),
+        ("dropout of embedding matrices", "matrix dropout"),
+        ("restarts, and hosts that read alike", "restart, hosts, stitch"),
+        ("dropout elsewhere", "dropout"),
+        ("weight decay of all variables", "decay"),
+        ("windows of stitched documents", "stitch"),
+        ("no clipping", "no clipping"),
+    ):
+        cells = [f"{rows[arm]['factor in perplexity']:.2f}" if arm in rows else "–" for rows in (alone, webtext)]
+        cells += [f"{webtext[arm]['wikitext2'] / webtext['good']['wikitext2']:.2f}" if arm in webtext else "–"]
+        assert re.search(
+            rf"^\| {re.escape(choice)} \| [^|]* \| {re.escape(' | '.join(cells))} \|$", verdict, re.MULTILINE
+        )
+
+
 def test_readme_says_what_the_ablation_found():
     recorded = json.loads((ROOT / "reports" / "ablation" / "07_ablate-3-webtext.json").read_text())["numbers"]["arms"]
     good, everything = ({row["arm"]: row for row in recorded}[name] for name in ("good", "2019"))
