@@ -32,7 +32,7 @@ from tqdm import tqdm
 from gpt2lib import checkpoint, device
 from gpt2lib.config import ConfigError, ModelConfig, Reading, TrainConfig
 from gpt2lib.data import Batches, Corpus, CorpusError, prefetch, validation_windows
-from gpt2lib.evaluate.loss import total, window_losses
+from gpt2lib.evaluate.loss import NotFinite, total, window_losses
 from gpt2lib.plan.counts import memory
 from gpt2lib.reading import ReadBatches
 from gpt2lib.report import provenance
@@ -438,9 +438,10 @@ def train(config: TrainConfig, restart: bool = False) -> dict:
             file.write(line)
 
     def validate():
-        result = total(window_losses(step.losses, validation, rows))
-        if not math.isfinite(result.loss):
-            raise Diverged(f"the validation loss after step {done} is {result.loss}; lower the learning rate")
+        try:
+            result = total(window_losses(step.losses, validation, rows))
+        except NotFinite as error:
+            raise Diverged(f"the validation loss after step {done} is no number; lower the learning rate") from error
         error = None if math.isnan(result.standard_error) else result.standard_error  # of one window
         write(
             {"step": done, "tokens_seen": done * batch_tokens, "validation_loss": result.loss,

@@ -11,7 +11,7 @@ from literal import nll as literal_nll
 
 from gpt2lib.config import ModelConfig
 from gpt2lib.evaluate.baselines import Bigram, Unigram
-from gpt2lib.evaluate.loss import Loss, count_bytes, loss_function, total, window_losses
+from gpt2lib.evaluate.loss import Loss, NotFinite, count_bytes, loss_function, total, window_losses
 from gpt2lib.model import GPT2
 from gpt2lib.tokenizer import Tokenizer
 
@@ -136,6 +136,22 @@ def test_new_weights_are_seen(losses, model):
     model.ln_f.b.assign(old)
     assert np.abs(after - before).max() > 0.01
     np.testing.assert_array_equal(window_losses(losses, WINDOWS, batch_size=4), before)
+
+
+def test_damaged_parameters_are_said(model):
+    """As `Scorer` says it; a window after the first batch is named too."""
+    arrays = {v.path: np.asarray(v.value).copy() for v in model.trainable_variables}
+    arrays["model/wpe"][3, 2] = np.nan
+    damaged = loss_function(GPT2(CONFIG, init=lambda path, shape: arrays[path]))
+    said = r"^the loss of token 0 of window 0 is nan: the model's parameters are damaged; load another checkpoint$"
+    with pytest.raises(NotFinite, match=said):
+        window_losses(damaged, WINDOWS, batch_size=4)
+
+    def late(windows):  # the sixth window, of the second batch
+        return np.where(np.asarray(windows)[:, :-1] == WINDOWS[5, :-1], np.inf, 1.0)
+
+    with pytest.raises(NotFinite, match=r"^the loss of token 0 of window 5 is inf: "):
+        window_losses(late, np.where(np.arange(11)[:, None] == 5, WINDOWS, -1), batch_size=4)
 
 
 def test_progress_sees_every_batch(losses):

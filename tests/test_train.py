@@ -16,10 +16,11 @@ from literal import nll as literal_nll
 from gpt2lib import checkpoint
 from gpt2lib.config import ConfigError, TrainConfig
 from gpt2lib.data import Batches, Corpus, validation_windows, write_corpus
+from gpt2lib.evaluate.loss import NotFinite
 from gpt2lib.model import GPT2
 from gpt2lib.schedule import WarmupCosine
 from gpt2lib.tokenizer import Tokenizer
-from gpt2lib.train import TrainingError, read_history, read_metrics, train
+from gpt2lib.train import Diverged, TrainingError, read_history, read_metrics, train
 
 WORDS = ["the ", "cat ", "sat ", "on ", "a ", "mat ", "and ", "then ", "it ", "ran ", "away.\n"]
 T = 11
@@ -410,6 +411,15 @@ def test_a_non_finite_loss_names_its_step(corpus, tmp_path, log_every):
         train(config)
     assert "\n" not in str(error.value)
     assert not checkpoint.list_steps(tmp_path / "run" / "checkpoints"), "broken parameters are not kept"
+
+
+def test_a_validation_that_is_no_number_names_its_step(finished, tmp_path, monkeypatch):
+    def damaged(*_):
+        raise NotFinite("the loss of token 0 of window 0 is nan")
+
+    monkeypatch.setattr("gpt2lib.train.window_losses", damaged)
+    with pytest.raises(Diverged, match=r"^the validation loss after step 0 is no number; lower the learning rate$"):
+        train(finished[0].replace(run_dir=str(tmp_path / "run")))
 
 
 def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint_before(finished, tmp_path, monkeypatch):

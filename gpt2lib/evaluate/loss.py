@@ -11,6 +11,20 @@ from gpt2lib.evaluate.statistics import ratio_error
 from gpt2lib.model import nll
 
 
+class NotFinite(ValueError):
+    """Losses that are no numbers: nothing can be said of such a model."""
+
+
+def check_finite(nats, what: str) -> None:
+    """Raises NotFinite if a loss [T] of `what` is none; the message names its token."""
+    if not np.isfinite(nats).all():
+        at = int(np.flatnonzero(~np.isfinite(nats))[0])
+        raise NotFinite(
+            f"the loss of token {at} of {what} is {nats[at]}: the model's parameters are damaged; "
+            "load another checkpoint"
+        )
+
+
 @dataclass(frozen=True)
 class Loss:
     """Total negative log-likelihood of a text, with the numbers of units that it may be divided by.
@@ -83,7 +97,10 @@ def loss_function(model):
 
 
 def window_losses(function, windows, batch_size: int = 8, progress=None):
-    """Losses [W, T] float32 in nats of windows [W, T + 1], `batch_size` at a time; `progress` wraps the loop."""
+    """Losses [W, T] float32 in nats of windows [W, T + 1], `batch_size` at a time; `progress` wraps the loop.
+
+    Raises NotFinite at the first batch in which one is no number.
+    """
     starts = range(0, len(windows), batch_size)
     results = []
     for start in progress(starts) if progress else starts:
@@ -91,6 +108,8 @@ def window_losses(function, windows, batch_size: int = 8, progress=None):
         padding = np.zeros((batch_size - len(batch), batch.shape[1]), batch.dtype)  # one shape: compiled once
         nats = function(ops.convert_to_tensor(np.concatenate([batch, padding]), "int32"))
         results.append(np.asarray(nats)[: len(batch)])
+        for window, losses in enumerate(results[-1], start):
+            check_finite(losses, f"window {window}")
     return np.concatenate(results)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 from keras import ops
 
 from gpt2lib.device import compiled
+from gpt2lib.evaluate.loss import check_finite
 from gpt2lib.model import fused, nll
 
 _MULTIPLE = 32  # lengths are rounded up to a multiple: as many programs are compiled at most as it goes into n_ctx
@@ -70,7 +71,7 @@ class Scorer:
             found = self._run(windows, places, bias)
             for row, i in enumerate(group):
                 out[i] = Scored(*(column[row, : counts[i]] for column in found))
-                _check(out[i].nats, f"passage {i}")
+                check_finite(out[i].nats, f"passage {i}")
         return out
 
     def text(self, ids, window: int | None = None, stride: int | None = None, full: bool = False) -> np.ndarray:
@@ -107,7 +108,7 @@ class Scorer:
             windows[: len(some)] = padded[some[:, None] + np.arange(window + 1)]
             parts.append(self._run(windows, places, bias)[0][: len(some)].reshape(-1))
         nats = np.concatenate(parts + end)[: len(ids) - 1]
-        _check(nats, f"a text of {len(ids)} tokens")
+        check_finite(nats, f"a text of {len(ids)} tokens")
         return nats
 
     def branches(self, context, branches) -> list[np.ndarray]:
@@ -137,7 +138,7 @@ class Scorer:
         nats = np.asarray(self._branches[shapes](*tensors), np.float64)
         nats = [nats[row, : len(branch)] for row, branch in enumerate(branches)]
         for row, losses in enumerate(nats):
-            _check(losses, f"choice {row}")
+            check_finite(losses, f"choice {row}")
         return nats
 
     def _rounded(self, length):
@@ -174,13 +175,3 @@ class Scorer:
         past = [tuple(ops.repeat(x, rows, axis=0) for x in layer) for layer in past]
         hidden, _ = self.model.hidden(windows[:, :-1], past, position)  # hides what lies behind
         return nll(self.model.logits(hidden), windows[:, 1:])
-
-
-def _check(nats, what):
-    """Raises ValueError for losses that are no numbers: nothing can be said of such a model."""
-    if not np.isfinite(nats).all():
-        at = int(np.flatnonzero(~np.isfinite(nats))[0])
-        raise ValueError(
-            f"the loss of token {at} of {what} is {nats[at]}: the model's parameters are damaged; "
-            "load another checkpoint"
-        )
