@@ -14,6 +14,7 @@ from test_suite import FILES
 from gpt2lib import recipe2019, report, study
 from gpt2lib.checkpoint import save_huggingface
 from gpt2lib.config import ModelConfig, Reading, TrainConfig, size
+from gpt2lib.data import Corpus
 from gpt2lib.model import GPT2
 from gpt2lib.tokenizer import Tokenizer
 
@@ -80,11 +81,12 @@ def workspace(tmp_path, monkeypatch):
     return tmp_path
 
 
-def release(workspace, name):
-    """A checkpoint where a released one would lie."""
+def release(workspace, name, tokenizer=None):
+    """A checkpoint where a released one would lie; None: with a vocabulary of its own."""
     texts = [path.read_text() for path in sorted((ROOT / "tests" / "corpus").iterdir())]
     model = GPT2(ModelConfig(**TINY), init=distinctive)
-    save_huggingface(model, workspace / "data" / "models" / name, Tokenizer.train(texts, TINY["n_vocab"]))
+    tokenizer = tokenizer or Tokenizer.train(texts, TINY["n_vocab"])
+    save_huggingface(model, workspace / "data" / "models" / name, tokenizer)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -93,13 +95,29 @@ def test_a_study_runs_from_its_first_notebook_to_its_last(workspace, name):
     assert all(run.needs for run in runs)
     if name.startswith("openai"):
         release(workspace, name.removeprefix("openai-"))
+    there = name == "replicate-117M"  # the reference, read and evaluated before; in the others it is absent
     for run in runs:
+        if there and run.source.stem == "06_compare":
+            release(workspace, "117M", Corpus(workspace / "data" / "corpora" / "openwebtext").tokenizer)
+            (workspace / "reports" / "openai-117M" / "04_evaluate.json").write_text(
+                (workspace / "reports" / name / "04_evaluate-ours.json").read_text()
+            )
         run_cells(run, smaller(run))
         assert run.file(".json").exists(), run.stem
     compared = report.load(runs[-1].stem)
     assert {row["column"] for row in next(iter(compared["zero_shot"].values()))} >= {"LAMBADA ppl", "WikiText2 ppl"}
-    assert any("published" in column for column in compared["zero_shot"]), "a reference kept its published figures"
+    published = any("published" in column for column in compared["zero_shot"])
+    assert published != there, "a reference has its published figures where it has none of its own"
     assert compared["verdicts"]
+    if there:
+        models = {"2019's recipe", "today's recipe", "OpenAI 117M"}
+        assert compared["zero_shot"].keys() == models == {row["model"] for row in compared["domains"]}
+        assert models < compared["statistics"].keys()
+        assert all(lines.keys() == models for lines in compared["groups"].values())
+        of_documents = [row["verdict"] for row in compared["verdicts"] if "documents" in row["measure"]]
+        assert len(of_documents) == 3, "each pair"
+        held = {key for piece in compared["disagreements"] for key in piece if " - " in key}
+        assert held == {"2019's recipe - OpenAI 117M", "today's recipe - OpenAI 117M"}
 
 
 @pytest.mark.backend_free
@@ -133,6 +151,17 @@ def test_what_the_recipes_say(name, monkeypatch):
         chips = int(topology.rpartition("-")[2]) // 2  # of two cores each
         dollars = int(re.search(r"([\d,]+) dollars\.", text)[1].replace(",", ""))
         assert dollars == pytest.approx(2 * hours * chips, rel=0.01)
+
+
+@pytest.mark.backend_free
+@pytest.mark.parametrize("name", NAMES)
+def test_what_they_are_headed_by(name, monkeypatch):
+    monkeypatch.setenv("GPT2LIB_WORKSPACE", str(ROOT))
+    for run in study.plan(f"reports/{name}"):
+        head = run.file(".yaml").read_text().partition("\n\n")[0].replace("\n# ", " ")
+        words = ["# not yet run: needs ", " Hardware: ", " Takes ", " Expect "]
+        words += [" dollars"] if name.startswith("replicate") and run.source.stem != "01_data" else []
+        assert [word for word in words if word not in head] == [], run.stem
 
 
 @pytest.mark.backend_free
