@@ -21,7 +21,8 @@ class Server(ThreadingHTTPServer):
     """Serves `body`; each request takes the next of `plan`, then all goes well.
 
     A number cuts the connection after so many bytes; "404" and the like refuse; "whole" ignores ranges; "elsewhere"
-    sends another range; "longer" promises a byte too many; "nameless" has no version and no length.
+    sends another range; "longer" promises a byte too many, "shorter" one too few; "nameless" has no version and no
+    length; "later" asks for two seconds.
     """
 
     daemon_threads = True
@@ -41,9 +42,9 @@ class Handler(BaseHTTPRequestHandler):
         what = server.plan.pop(0) if server.plan else ""
         body, span = server.body, self.headers.get("Range")
         server.asked.append(span)
-        if isinstance(what, str) and what.isdigit():
-            self.send_response(int(what))
-            self.send_header("Retry-After", "0")
+        if what == "later" or (isinstance(what, str) and what.isdigit()):
+            self.send_response(503 if what == "later" else int(what))
+            self.send_header("Retry-After", "2" if what == "later" else "0")
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
@@ -62,7 +63,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_response(200)
         if what != "nameless":
             self.send_header("ETag", server.version)
-            self.send_header("Content-Length", str(len(body) - start + (what == "longer")))
+            self.send_header("Content-Length", str(len(body) - start + {"longer": 1, "shorter": -1}.get(what, 0)))
         self.end_headers()
         self.wfile.write(body[start : start + what] if isinstance(what, int) else body[start:])
         self.close_connection = True
@@ -141,6 +142,34 @@ def test_pieces_of_two_files_are_found_out(server, tmp_path):
         fetch(server.url, tmp_path / "file.bin", progress=False)
     server.body = BODY
     check(fetch(server.url, tmp_path / "file.bin", SHA256, progress=False))
+
+
+def test_a_length_that_is_too_small(server, tmp_path):
+    """Such an answer looks whole, so only its sha256 tells."""
+    server.plan = ["shorter"]
+    with pytest.raises(FetchError, match=rf"is not the file that it should be: its sha256 is \w+, not {SHA256}"):
+        fetch(server.url, tmp_path / "file.bin", SHA256, progress=False)
+    assert left(tmp_path) == []
+    check(fetch(server.url, tmp_path / "file.bin", SHA256, progress=False))
+
+
+def test_pauses_grow_and_are_as_long_as_the_server_asks(server, tmp_path, monkeypatch):
+    pauses = []
+    monkeypatch.setattr(module, "_PAUSE", 1.0)
+    monkeypatch.setattr(module.time, "sleep", pauses.append)
+    server.plan = ["later", "500", "500", K, "500"]
+    check(fetch(server.url, tmp_path / "file.bin", progress=False))
+    asked, second, third, after_some, again = pauses
+    assert asked == 2
+    assert 1 <= second <= 2 <= third <= 4, "twice as long each time"
+    assert 0.5 <= after_some <= 1 <= again <= 2, "from the beginning when something came"
+
+
+def test_progress_is_shown(server, tmp_path, capsys):
+    server.plan = [16 * K]
+    fetch(server.url, tmp_path / "file.bin")
+    shown = capsys.readouterr().err
+    assert all(said in shown for said in ("file.bin", " 0%", "1.05M/3.00M", "100%", "3.00M/3.00M"))
 
 
 @pytest.mark.parametrize("status", ["404", "403", "410"])
