@@ -11,7 +11,7 @@ from gpt2lib.config import ModelConfig
 from gpt2lib.evaluate import suite, tasks
 from gpt2lib.evaluate.perplexity import perplexity
 from gpt2lib.evaluate.score import Scorer
-from gpt2lib.evaluate.texts import TextError, read
+from gpt2lib.evaluate.texts import WHOLE_BYTES, TextError, read
 from gpt2lib.model import GPT2
 from gpt2lib.tokenizer import Tokenizer
 
@@ -48,7 +48,9 @@ def scorer():
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path, monkeypatch):
+    for name in WHOLE_BYTES:
+        monkeypatch.setitem(WHOLE_BYTES, name, len(FILES[name]))
     for name, content in FILES.items():
         (tmp_path / name).write_text(content)
     return tmp_path

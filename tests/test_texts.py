@@ -57,18 +57,30 @@ def test_articles(tmp_path):
 
 
 def test_enwik8_is_its_last_five_million_bytes(tmp_path):
-    line = '<page title="é">text of a page</page>\n'
-    text = read("enwik8", write(tmp_path, line * 200_000))
+    line = '<page title="é">text of a page</page>\n'.encode()
+    whole = (line * 3_000_000)[-100_000_000:]
+    text = read("enwik8", write(tmp_path, whole))
     assert sum(text.bytes) == 5_000_000 and text.joined
-    assert "".join(text.documents) == (line * 200_000).encode()[-5_000_000:].decode()
+    assert "".join(text.documents) == whole[-5_000_000:].decode()
     assert len(text.documents) > 1000
 
 
 def test_text8_has_no_lines(tmp_path):
-    letters = ("the quick brown fox " * 300_000)[:5_500_000]
+    letters = "the quick brown fox " * 5_000_000
     text = read("text8", write(tmp_path, letters))
     assert "".join(text.documents) == letters[-5_000_000:] and len(text.documents) > 1000
     assert all(document.startswith(" ") for document in text.documents[1:]), "a token begins there"
+
+
+@pytest.mark.parametrize("name", ["enwik8", "text8"])
+@pytest.mark.parametrize("length", [99_999_999, 100_000_001])
+def test_a_part_of_100_million_bytes_is_refused(tmp_path, name, length):
+    """Its last five million would be another text."""
+    with open(tmp_path / "file", "wb") as file:
+        file.truncate(length)
+    said = rf"^{tmp_path}/file has {length:,} bytes, and {name} has 100,000,000: .*; delete it and fetch it again$"
+    with pytest.raises(TextError, match=said):
+        read(name, tmp_path / "file")
 
 
 def test_records(tmp_path):

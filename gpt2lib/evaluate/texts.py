@@ -52,7 +52,8 @@ TEXTS = {
 }
 _BLOCK = 40  # lines, or as many hundred characters of a text that has no lines
 _TITLE = re.compile(r" = (?!= ).* = ")
-_TEST_BYTES = 5_000_000  # of enwik8 and text8: the last of 100 million, as everyone splits them (Mahoney 2006)
+WHOLE_BYTES = {"enwik8": 100_000_000, "text8": 100_000_000}  # Mahoney 2006
+_TEST_BYTES = 5_000_000  # of them: the last, as everyone splits them
 
 
 def read(name: str, path, detokenized: bool = True, limit: int | None = None) -> Text:
@@ -72,7 +73,14 @@ def read(name: str, path, detokenized: bool = True, limit: int | None = None) ->
     path, (kind, parts, _) = Path(path), TEXTS[name]
     try:
         files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-        content = b"".join(file.read_bytes() for file in files).decode("utf-8")
+        content = b"".join(file.read_bytes() for file in files)
+        whole = WHOLE_BYTES.get(name)
+        if content and whole and len(content) != whole:
+            raise TextError(
+                f"{path} has {len(content):,} bytes, and {name} has {whole:,}: it was cut short, or is a part of it; "
+                "delete it and fetch it again"
+            )
+        content = content.decode("utf-8")
     except FileNotFoundError as error:
         raise TextError(f"{path} is missing; it is the file of {name}") from error
     except UnicodeDecodeError as error:
@@ -83,8 +91,7 @@ def read(name: str, path, detokenized: bool = True, limit: int | None = None) ->
         documents = _records(path, content)[:limit]
         return Text(name, documents, [len(document.split()) for document in documents], joined=False)
     if kind is None:
-        if len(content.encode()) > _TEST_BYTES:
-            content = content.encode()[-_TEST_BYTES:].decode("utf-8", errors="ignore")
+        content = content.encode()[-_TEST_BYTES:].decode("utf-8", errors="ignore")
         documents = _blocks(content)[:limit]
         return Text(name, documents, [len(document.split()) for document in documents], joined=True)
     if not content.endswith("\n"):
