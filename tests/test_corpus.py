@@ -271,18 +271,72 @@ def gpt2():
     return Tokenizer.gpt2()
 
 
+def example(text, ids):
+    """A record of 2019's create_tfrecords.py."""
+    import tensorflow as tf
+
+    features = {
+        "hash": tf.train.Feature(bytes_list=tf.train.BytesList(value=[text.encode()])),
+        "text": tf.train.Feature(int64_list=tf.train.Int64List(value=ids)),
+    }
+    return tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString()
+
+
+def write_nanogpt(path, gpt2):
+    np.array([i for text in TEXTS for i in [*gpt2.encode(text), gpt2.end_of_text]], np.uint16).tofile(path)
+
+
+def write_llmc(path, gpt2):
+    tokens = np.array([i for text in TEXTS for i in [gpt2.end_of_text, *gpt2.encode(text)]], np.uint16)
+    header = np.zeros(256, np.int32)
+    header[:3] = 20240520, 1, len(tokens)
+    path.write_bytes(header.tobytes() + tokens.tobytes())
+
+
+def write_tfrecords(path, gpt2):
+    tf = pytest.importorskip("tensorflow")
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for text in TEXTS:
+            writer.write(example(text, gpt2.encode(text)))
+
+
+def write_parquet(path, gpt2):
+    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS, "token_count": [3] * len(TEXTS)}), path)
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("train.bin", write_nanogpt),
+        ("fineweb_train_000001.bin", write_llmc),
+        ("openwebtext-newspaper_0.tfrecords", write_tfrecords),
+        ("train-00000-of-00080.parquet", write_parquet),
+    ],
+)
+def test_ready_made_corpora_become_the_same_shards(tmp_path, gpt2, name, write):
+    """As the same texts in JSON lines do."""
+    shards = []
+    for at, writing in ((name, write), ("texts.jsonl", None)):
+        source = tmp_path / at.partition(".")[0] / at
+        source.parent.mkdir()
+        if writing:
+            writing(source, gpt2)
+        else:
+            source.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+        made = build(
+            tmp_path / f"corpus of {at}", source.parent, tokenizer=gpt2, validation_fraction=0.3, progress=False
+        )
+        shards.append(made["splits"])
+    assert shards[0] == shards[1]
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
 def test_nanogpt_and_llmc(tmp_path, monkeypatch, gpt2, chunk):
     """train.bin of nanoGPT: an end of text after each; llm.c's: a header, and one before each."""
     monkeypatch.setattr(tokenized, "_CHUNK", chunk)
-    ids = [gpt2.encode(text) for text in TEXTS]
-    end = [gpt2.end_of_text]
-    np.array([i for one in ids for i in one + end], np.uint16).tofile(tmp_path / "train.bin")
+    write_nanogpt(tmp_path / "train.bin", gpt2)
     assert list(files.documents(tmp_path / "train.bin")) == TEXTS
-    tokens = np.array([i for one in ids for i in end + one], np.uint16)
-    header = np.zeros(256, np.int32)
-    header[:3] = 20240520, 1, len(tokens)
-    (tmp_path / "llmc.bin").write_bytes(header.tobytes() + tokens.tobytes())
+    write_llmc(tmp_path / "llmc.bin", gpt2)
     assert list(files.documents(tmp_path / "llmc.bin")) == TEXTS
     assert list(files.documents(tmp_path)) == 2 * TEXTS
     (tmp_path / "empty.bin").write_bytes(b"")
@@ -308,13 +362,6 @@ def test_bins_that_are_not(tmp_path, gpt2):
 def test_tfrecords_of_2019(tmp_path, gpt2):
     """Written by TensorFlow with the features of its create_tfrecords.py."""
     tf = pytest.importorskip("tensorflow")
-
-    def example(text, ids):
-        features = {
-            "hash": tf.train.Feature(bytes_list=tf.train.BytesList(value=[text.encode()])),
-            "text": tf.train.Feature(int64_list=tf.train.Int64List(value=ids)),
-        }
-        return tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString()
 
     path = tmp_path / "openwebtext-newspaper_0.tfrecords"
     with tf.io.TFRecordWriter(str(path)) as writer:
