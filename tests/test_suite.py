@@ -30,6 +30,7 @@ FILES = {
     "hellaswag_val.jsonl": '{"ctx": "A man", "ctx_a": "A man", "ctx_b": "runs", "activity_label": "Running", '
     '"endings": ["sits.", "runs.", "flies.", "eats."], "label": 1}\n',
     "webtext.test.jsonl": '{"text": "Some words."}\n{"text": ""}\n{"text": "More of them."}\n',
+    "webtext.valid.jsonl": '{"text": "Others of it."}\n{"text": "And the last."}\n',
 }
 WRITTEN = {
     "coqa-dev-v1.0.json": '{"data": [{"story": "A cat sat.", "questions": [{"input_text": "Who sat?"}], "answers": '
@@ -39,7 +40,10 @@ WRITTEN = {
     "cnn_dailymail.test.jsonl": '{"article": "A man ran. He fell. He got up.", "highlights": "A man fell."}\n' * 2,
     "wmt13.en": "one\ntwo\n", "wmt13.fr": "un\ndeux\n", "wmt14.en": "a cat\na dog\n", "wmt14.fr": "un chat\nun chien\n",
 }  # fmt: skip
-ASKED = ["lambada", "cbt-cn", "wikitext2", "ptb", "enwik8", "text8", "1bw", "winograd", "hellaswag", "webtext"]
+ASKED = [
+    "lambada", "cbt-cn", "wikitext2", "ptb", "enwik8", "text8", "1bw", "winograd", "hellaswag", "webtext",
+    "webtext-valid",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +76,9 @@ def test_every_layout_gives_its_columns(scorer, folder):
     assert rows["LAMBADA acc"]["value"] == 100 * lambada["accuracy_last_token"]
     bpb = results["enwik8"]["as published"]
     assert rows["enwik8 bpb"]["value"] == bpb["nats"] / len(FILES["enwik8"]) / math.log(2)
+    valid = perplexity(scorer, BYTES, read("webtext-valid", folder / "webtext.valid.jsonl"))
+    assert results["webtext-valid"] == {"as published": valid} and valid["documents"] == 2
+    assert rows["WebText valid loss"]["value"] == valid["loss"] != rows["WebText loss"]["value"]
     tables = suite.details(results)
     assert sum(map(len, tables)) == sum(map(len, results.values()))
     (choices,) = (table for table in tables if table[0]["task"] == "cbt-cn")

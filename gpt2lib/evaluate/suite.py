@@ -147,6 +147,7 @@ TASKS = {
     "winograd": Task("wsc273.txt", {"partial": _winograd(True), "full": _winograd(False)}),
     "hellaswag": Task("hellaswag_val.jsonl", {"completion": _hellaswag(False), "harness": _hellaswag(True)}),
     "webtext": _plain("webtext", "webtext.test.jsonl"),
+    "webtext-valid": _plain("webtext-valid", "webtext.valid.jsonl"),
     "coqa": Task(
         "coqa-dev-v1.0.json", {"greedy": _of_items(prompted.read_coqa, prompted.converse, "coqa-dev-v1.0.json")}
     ),
@@ -188,6 +189,7 @@ COLUMNS = (
     Column("Winograd acc", "winograd", "accuracy", 100, "higher"),
     Column("HellaSwag acc_norm", "hellaswag", "accuracy_by_token", 100, "higher"),
     Column("WebText loss", "webtext", "loss"),
+    Column("WebText valid loss", "webtext-valid", "loss"),
     Column("CoQA F1", "coqa", "f1", 100, "higher"),
     Column("NQ exact match", "nq", "exact_match", 100, "higher"),
     Column("NQ exact match, surest 1%", "nq", "exact_match_most_confident", 100, "higher"),

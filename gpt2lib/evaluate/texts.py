@@ -49,6 +49,7 @@ TEXTS = {
     "enwik8": (None, "blocks", "bytes"),
     "text8": (None, "blocks", "characters"),
     "webtext": (None, "records", "words"),
+    "webtext-valid": (None, "records", "words"),
 }
 _BLOCK = 40  # lines, or as many hundred characters of a text that has no lines
 _TITLE = re.compile(r" = (?!= ).* = ")
