@@ -69,6 +69,8 @@ def test_every_layout_gives_its_columns(scorer, folder):
     text = read("wikitext2", folder / "wikitext-2.test.tokens")
     figures = perplexity(scorer, BYTES, text)
     assert rows["WikiText2 ppl"]["value"] == figures["perplexity"]
+    assert rows["WikiText2 ppl"]["protocol"] == "de-tokenized, window 512, stride 512"
+    assert rows["LAMBADA ppl"]["protocol"] == "prepared"
     raw = perplexity(scorer, BYTES, read("wikitext2", folder / "wikitext-2.test.tokens", detokenized=False))
     assert results["wikitext2"]["as published"] == raw
     assert raw["perplexity"] != figures["perplexity"]
@@ -114,6 +116,18 @@ def test_a_part(scorer, folder):
     assert results["prepared"] == tasks.guess(scorer, BYTES, [passages[0], passages[3], passages[6]])
     text, _ = suite.measure("1bw", scorer, BYTES, folder, suite.Options(limit=1), download=False)
     assert text["de-tokenized"]["documents"] == 1
+
+
+def test_windows_and_strides_are_protocols(scorer, folder):
+    values = set()
+    for stride in (2, None):
+        options = suite.Options(window=6, stride=stride)
+        text, _ = suite.measure("1bw", scorer, BYTES, folder, options, download=False)
+        (row,) = suite.columns({"1bw": text})
+        assert row["protocol"] == f"de-tokenized, window 6, stride {stride or 6}"
+        assert set(suite.beside({"1bw": text}, ["117M"])["ours by"]) == {row["protocol"]}
+        values.add(row["value"])
+    assert len(values) == 2
 
 
 def test_names():

@@ -41,8 +41,10 @@ def perplexity(
 
     Sums first, one division, then the exponential (openai/gpt-2#78): `perplexity` is by the words of the text as it was
     published, whatever the model was given; `loss` is nats per token; `bits_per_byte` and `bits_per_character` are by
-    what the model was given. `window`, `stride` and `full` as in `Scorer.text`.
+    what the model was given. `window`, `stride` and `full` as in `Scorer.text`; the figures say which they were.
     """
+    window = window or scorer.model.config.n_ctx
+    stride = stride or window
     nats, tokens = document_losses(scorer, tokenizer, text, window, stride, full)
     figures = {"documents": len(nats), "tokens": int(tokens.sum()), "words": sum(text.words), "nats": float(nats.sum())}
     units = {
@@ -54,4 +56,4 @@ def perplexity(
     for name, (counts, statistic) in units.items():
         figures[name] = float(statistic(nats.sum(), np.sum(counts)))
         figures[f"{name}_se"] = bootstrap(statistic, nats, counts)
-    return figures | {"raw_lines": text.raw}
+    return figures | {"raw_lines": text.raw, "window": window, "stride": stride}

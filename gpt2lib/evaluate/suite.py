@@ -271,19 +271,20 @@ def measure(
 def columns(results: dict) -> list[dict]:
     """The tables' columns that `results` {task: figures of `measure`} has: title, value, se, n, protocol, better.
 
-    An se of 0 means that there is none.
+    An se of 0 means that there is none. The protocol of a text has the window and the stride, in tokens.
     """
     rows = []
     for column in COLUMNS:
         if column.task in results:
             protocol, figures = next(iter(results[column.task].items()))
+            windows = [f"{name} {figures[name]}" for name in ("window", "stride") if name in figures]
             rows.append(
                 {
                     "column": column.title,
                     "value": figures[column.figure] * column.scale,
                     "se": figures.get(f"{column.figure}_se", 0) * column.scale,
                     "n": figures["n"] if "n" in figures else figures["documents"],
-                    "protocol": protocol,
+                    "protocol": ", ".join([protocol, *windows]),
                     "better": column.better,
                 }
             )
