@@ -36,7 +36,7 @@ def run(config: dict, tasks=(), benchmarks="data/benchmarks", download=False) ->
     Returns: config, loss (last of the validation, nats per token; None where it diverged), diverged (how, or None),
         curve [[tokens seen, validation loss]], layers [[tokens seen, {block: [RMS of update, RMS of parameters]}]],
         perplexities {task: per unit of the task}, left_out {task: why}, documents (distinct ones seen in all steps),
-        parameters, seconds.
+        distinct_tokens (see `reading.seen`), parameters, seconds.
 
     Raises: what `train` raises, but Diverged: that is a result.
     """
@@ -48,7 +48,7 @@ def run(config: dict, tasks=(), benchmarks="data/benchmarks", download=False) ->
     from gpt2lib.data import Batches, Corpus
     from gpt2lib.evaluate import suite
     from gpt2lib.evaluate.score import Scorer
-    from gpt2lib.reading import ReadBatches, documents_seen
+    from gpt2lib.reading import ReadBatches, seen
     from gpt2lib.train import Diverged, model_config, train
 
     data, perplexities, left_out, diverged = Corpus(locate(config.corpus)), {}, {}, None
@@ -75,6 +75,7 @@ def run(config: dict, tasks=(), benchmarks="data/benchmarks", download=False) ->
     batches = (
         ReadBatches(data, Reading.from_dict(config.reading), **order) if config.reading else Batches(data, **order)
     )
+    documents, distinct_tokens = seen(batches, config.max_steps)
     said = {
         "config": config.to_dict(),
         "loss": None if diverged else history["validation"][-1]["validation_loss"],
@@ -83,7 +84,8 @@ def run(config: dict, tasks=(), benchmarks="data/benchmarks", download=False) ->
         "layers": [[x["tokens_seen"], x["layers"]] for x in history["train"] if "layers" in x],
         "perplexities": perplexities,
         "left_out": left_out,
-        "documents": documents_seen(batches, config.max_steps),
+        "documents": documents,
+        "distinct_tokens": distinct_tokens,
         "parameters": shape.n_params,
         "seconds": max(x["seconds"] for x in history["train"] + history["validation"]),
     }

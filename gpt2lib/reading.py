@@ -11,10 +11,13 @@ from gpt2lib.config import Reading
 from gpt2lib.data import Corpus, CorpusError
 
 
-def documents_seen(batches, steps: int) -> int:
-    """How many documents of the split the first `steps` batches of a `ReadBatches` or `data.Batches` are from."""
+def seen(batches, steps: int) -> tuple[int, int]:
+    """Of how many documents of the split the first `steps` batches of a `ReadBatches` or `data.Batches` are, and of how
+    many tokens: those of the documents that windows are taken from, or of the distinct windows of the whole text.
+    """
     if isinstance(batches, ReadBatches):
-        return len({document for step in range(steps) for row in batches.documents(step) for document in row})
+        documents = {document for step in range(steps) for row in batches.documents(step) for document in row}
+        return len(documents), int(batches.lengths[list(documents)].sum())
     corpus, n_ctx = batches.corpus, batches.n_ctx
     ends = np.flatnonzero(corpus.tokens("train")[:] == corpus.tokenizer.end_of_text)
     starts = np.unique([window for step in range(steps) for window in batches.windows(step)]) * n_ctx
@@ -22,7 +25,7 @@ def documents_seen(batches, steps: int) -> int:
     edges = np.zeros(len(ends) + 2, np.int64)
     np.add.at(edges, first, 1)
     np.add.at(edges, last + 1, -1)
-    return int((np.cumsum(edges)[: len(ends)] > 0).sum())
+    return int((np.cumsum(edges)[: len(ends)] > 0).sum()), len(starts) * n_ctx
 
 
 class ReadBatches:
@@ -54,7 +57,7 @@ class ReadBatches:
         self._tokens = tokens[:]
         ends = np.flatnonzero(self._tokens == corpus.tokenizer.end_of_text) + 1
         self._starts, self._ends = np.concatenate([[0], ends[:-1]]), ends
-        lengths = self._ends - self._starts
+        self.lengths = self._ends - self._starts  # of the documents, with their ends of text
         if len(self._tokens) < n_ctx + 2:
             raise CorpusError(
                 f"the train split of {corpus.folder} has {len(self._tokens)} tokens, too few for a window"
@@ -62,7 +65,7 @@ class ReadBatches:
         self._all = np.arange(len(ends))
         if options.mixed:
             self._all = np.random.Generator(np.random.Philox(2019)).permutation(self._all)
-        self._long = self._all[lengths[self._all] >= options.long_tokens]
+        self._long = self._all[self.lengths[self._all] >= options.long_tokens]
         if options.long_share and not len(self._long):
             raise CorpusError(f"no document of {corpus.folder} has {options.long_tokens} tokens, as long_share wants")
         self._streams = {}

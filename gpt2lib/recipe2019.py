@@ -94,9 +94,9 @@ def documents_read(run: Run, documents: int, document_tokens: float) -> dict:
         documents: how many there were.
         document_tokens: their mean length.
 
-    Returns: distinct documents (long and other ones), the share that they are of all, passes (how often each was read;
-        a window of 1,024 tokens came of 42, or of 2), tokens trained on, tokens in the distinct documents,
-        and epochs, the former over the latter; both also for each parameter.
+    Returns: distinct documents (long and other ones), how many of them are long_documents, the share that they are of
+        all, passes (how often each was read; a window of 1,024 tokens came of 42, or of 2), tokens trained on, tokens
+        in the distinct documents, and epochs, the former over the latter; both also for each parameter.
     """
     windows = run.segment * run.batch_size // run.hosts  # that a host draws in a segment
     long, other = round(windows * run.long_share) * 2, round(windows * (1 - run.long_share)) * 42
@@ -104,6 +104,7 @@ def documents_read(run: Run, documents: int, document_tokens: float) -> dict:
     trained, there = run.max_steps * run.batch_size * run.n_ctx, distinct * document_tokens
     return {
         "documents": distinct,
+        "long_documents": min(long, documents),
         "share": distinct / documents,
         "passes": run.max_steps / run.segment * run.hosts * (long + other) / distinct,
         "tokens": trained,

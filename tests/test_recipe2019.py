@@ -1,6 +1,7 @@
 """The ways of the 2019 replication do what they say."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from gpt2lib import ablation, recipe2019
 from gpt2lib.config import SIZES, ConfigError, ModelConfig, Reading, TrainConfig
 from gpt2lib.data import Batches, Corpus, CorpusError, write_corpus
 from gpt2lib.model import GPT2
-from gpt2lib.reading import ReadBatches, documents_seen
+from gpt2lib.reading import ReadBatches, seen
 from gpt2lib.seed import FixedSeed
 from gpt2lib.step import loss_of
 from gpt2lib.tokenizer import Tokenizer
@@ -171,15 +172,21 @@ def test_whole_matrices_are_dropped():
     assert np.abs(quiet - logits).max() > 1e-3, "not without training"
 
 
-def test_documents_seen_are_counted(corpus):
+def test_what_was_seen_is_counted(corpus):
     """The quick count is that of the documents of each row, and an epoch sees them all."""
     usual = Batches(corpus, batch_size=4, n_ctx=T, seed=0)
     for steps in (1, 3, 10):
         slow = len({d for step in range(steps) for row in usual.documents(step) for d in row})
-        assert documents_seen(usual, steps) == slow
-    assert documents_seen(usual, len(usual) + 1) in (corpus.n_documents("train"), corpus.n_documents("train") - 1)
+        assert seen(usual, steps) == (slow, steps * 4 * T), "no window comes twice in an epoch"
+    documents, tokens = seen(usual, 2 * len(usual))
+    assert documents in (corpus.n_documents("train"), corpus.n_documents("train") - 1)
+    assert 0 <= corpus.n_tokens("train") - tokens <= 5 * T
     batches = read(corpus, restart_every=5, buffer=1)
-    assert documents_seen(batches, 5) == documents_seen(batches, 20) < 60
+    assert seen(batches, 5) == seen(batches, 20)
+    which = {d for step in range(5) for row in batches.documents(step) for d in row}
+    texts = "".join(corpus.tokenizer.decode(corpus.tokens("train")[:])).split("<|endoftext|>")
+    tokens = sum(len(corpus.tokenizer.encode(texts[d])) + 1 for d in which)
+    assert seen(batches, 20) == (len(which), tokens) and len(which) < 60
 
 
 def test_layers_are_measured(corpus, tmp_path):
@@ -220,9 +227,13 @@ def test_a_run_reads_as_it_is_told_and_goes_on_after_a_stop(corpus, tmp_path):
 def test_what_2019_read_is_what_its_configurations_say():
     pretty = recipe2019.documents_read(recipe2019.RUNS["PrettyBig"], 8_000_000, 1000.0)
     assert pretty["documents"] == 112_000 + 1_008_000, "of 80,000 windows of a host in a call, 70% of 2, the rest of 42"
+    assert pretty["long_documents"] == 112_000
     assert pretty["passes"] == pytest.approx(60.48 * 32)
     assert pretty["tokens"] == pytest.approx(158.5e9, rel=1e-3)
     assert pretty["epochs"] == pytest.approx(pretty["tokens"] / 1.12e9)
+    for changes in ({"segment": 604_800}, {"hosts": 1}):  # it took both to make the data few
+        alone = recipe2019.documents_read(replace(recipe2019.RUNS["PrettyBig"], **changes), 8_000_000, 1000.0)
+        assert alone["share"] == 1 and alone["epochs"] < 20
     small = recipe2019.documents_read(recipe2019.RUNS["117M"], 8_000_000, 1000.0)
     assert small["share"] == 1 and small["passes"] == pytest.approx(10_000 * 32 * 42 * 50 / 8e6)
 
