@@ -1,5 +1,6 @@
 """Tasks of choices and guesses: items as they are published, figures against each choice by itself."""
 
+import dataclasses
 import functools
 import math
 from pathlib import Path
@@ -141,6 +142,18 @@ def test_cbt_items(tmp_path):
     assert item.choices == [f'"Good {word}," said he, "don\'t go.' for word in ("morning", "day", "night")]
     assert item.answer == 0 and not item.shared
     assert read_cbt(tmp_path / "file", detokenized=False)[0].choices[1] == "`` Good day , '' said he , `` do n't go ."
+
+
+def test_lines_of_cbt_that_stay_raw(model, tmp_path):
+    """Counted by lines: two of the first story, and a sentence that only one candidate keeps from coming back."""
+    first = CBT.replace("Sentence 3 of", "Sentence  3 of").replace("Sentence 9 of", "Sentence  9 of")
+    items = read_cbt(file(tmp_path, first + CBT.replace("|day|", "|a  day|") + CBT))
+    assert [item.raw for item in items] == [2 / 21, 1 / 21, 0]
+    assert "\nSentence  3 of it , they said .\nSentence 4 of it, they said.\n" in items[0].context
+    assert items[1].choices[1].startswith("`` Good a  day , ''") and items[1].choices[2].startswith('"Good night,"')
+    figures = choose(Scorer(model), BYTES, [dataclasses.replace(item, choices=["a", "b", "c"]) for item in items])
+    assert figures["raw_lines"] == pytest.approx(3 / 63)
+    assert not any(item.raw for item in read_cbt(tmp_path / "file", detokenized=False))
 
 
 @pytest.mark.backend_free

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2lib.evaluate.detokenize import DETOKENIZERS
+from gpt2lib.evaluate.detokenize import detokenize
 from gpt2lib.evaluate.score import Scorer
 from gpt2lib.evaluate.statistics import bootstrap
 from gpt2lib.evaluate.texts import TextError
@@ -29,12 +29,14 @@ class Choice:
         choices: what may follow it.
         answer: the index of the right one.
         shared: how many characters at the start of each choice are not scored.
+        raw: share of its lines that no de-tokenizer brings back, and that stay as they were.
     """
 
     context: str
     choices: list[str]
     answer: int
     shared: tuple[int, ...] = ()
+    raw: float = 0.0
 
 
 # --- LAMBADA (Paperno et al. 2016) ------------------------------------------------------------------------------------
@@ -107,11 +109,11 @@ def read_cbt(path, detokenized: bool = True) -> list[Choice]:
     rest of its sentence (GPT-2's paper, section 3.2).
     """
 
-    def written(line):
-        text = DETOKENIZERS["cbt"].detokenize(line) if detokenized else line
-        return line if text is None else text
+    def written(*lines):
+        texts, stayed = detokenize(lines, "cbt") if detokenized else (lines, [])
+        return list(texts), bool(stayed)
 
-    items, story = [], []
+    items, story, raw = [], [], 0
     for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
@@ -119,15 +121,18 @@ def read_cbt(path, detokenized: bool = True) -> list[Choice]:
         if count != str(len(story) + 1):
             raise TextError(f"line {number} of {path} does not begin with {len(story) + 1}: it is no file of CBT")
         if count != "21":
-            story.append(written(sentence))
+            (text,), stayed = written(sentence)
+            story.append(text)
+            raw += stayed
             continue
         parts = sentence.split("\t")
         if len(parts) != 4 or "XXXXX" not in parts[0] or parts[1] not in parts[3].split("|"):
             raise TextError(f"line {number} of {path} is not a sentence with XXXXX, an answer and its candidates")
         candidates = parts[3].split("|")
-        filled = [written(parts[0].replace("XXXXX", candidate)) for candidate in candidates]
-        items.append(Choice("\n".join(story) + "\n", filled, candidates.index(parts[1])))
-        story = []
+        filled, stayed = written(*(parts[0].replace("XXXXX", candidate) for candidate in candidates))
+        answer = candidates.index(parts[1])
+        items.append(Choice("\n".join(story) + "\n", filled, answer, raw=(raw + stayed) / 21))
+        story, raw = [], 0
     if story:
         raise TextError(f"{path} ends in the middle of a story: it was cut short; fetch it again")
     return items
@@ -198,7 +203,8 @@ def choose(scorer: Scorer, tokenizer, items) -> dict:
     """Figures of a task of choices, each with its standard error.
 
     `accuracy`: the right one has the highest probability; `accuracy_by_token`, `accuracy_by_character`: the highest
-    for each of its tokens, characters. What is too long for the context loses its beginning.
+    for each of its tokens, characters; `raw_lines`: the share of lines that no de-tokenizer brings back. What is too
+    long for the context loses its beginning.
     """
     hits = {"accuracy": [], "accuracy_by_token": [], "accuracy_by_character": []}
     most = scorer.model.config.n_ctx + 1
@@ -223,7 +229,7 @@ def choose(scorer: Scorer, tokenizer, items) -> dict:
     figures = {"n": len(items)}
     for name, column in hits.items():
         figures |= share(name, column)
-    return figures
+    return figures | {"raw_lines": float(np.mean([item.raw for item in items]))}
 
 
 def share(name, hits) -> dict:
