@@ -357,10 +357,11 @@ def _read_tensors(folder, config) -> dict:
     """The variables of an OpenAI checkpoint, mapped from disk: name -> float32 array."""
     index = folder / "model.ckpt.index"
     if not index.is_file():
-        found = sorted(folder.glob("*.index"))  # a training's own, such as model.ckpt-500000.index
+        # a training's own, such as model.ckpt-500000.index: that of its last step
+        found = {path: path.stem.rpartition("-")[2] for path in sorted(folder.glob("*.index"))}
         if not found:
             raise CheckpointError(f"{folder} has no model.ckpt.index; download the checkpoint again")
-        index = found[-1]
+        index = max(found, key=lambda path: int(found[path]) if found[path].isdecimal() else -1)
     try:
         entries = _read_index(index)
     except (IndexError, ValueError) as error:

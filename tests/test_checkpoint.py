@@ -250,6 +250,17 @@ def test_slots_of_an_optimizer_beside_the_variables(as_written, tmp_path, golden
     assert_same_bits(arrays_of(load_openai(tmp_path / "m")), arrays_of(load_openai(golden / "openai-test")))
 
 
+def test_the_last_step_of_a_training_is_read(copy, golden):
+    """By its number: as text, 90000 comes after 500000."""
+    for path in copy.glob("model.ckpt.*"):
+        shutil.copy(path, path.with_name(path.name.replace("ckpt", "ckpt-500000")))
+        path.rename(path.with_name(path.name.replace("ckpt", "ckpt-90000")))
+    assert_same_bits(arrays_of(load_openai(copy)), arrays_of(load_openai(golden / "openai-test")))
+    (copy / DATA.replace("ckpt", "ckpt-500000")).unlink()
+    with pytest.raises(CheckpointError, match=r"model\.ckpt-500000\.data-00000-of-00001 is missing"):
+        load_openai(copy)
+
+
 def test_a_missing_variable_is_named(as_written, tmp_path):
     arrays, hparams = as_written
     write_tf1(tmp_path / "m", {name: value for name, value in arrays.items() if name != "model/h1/ln_2/g"}, hparams)
