@@ -12,6 +12,8 @@ _DAY = round(300_000 / 7)  # of the 1.5B's steps: it took a week, on TPUs that m
 SWITCHES = {
     # optimizers.py and 1.5B.json: 2.5e-4 times max(RMS(parameter), 1e-3), where the paper's relative rate is 1e-2
     "small rate": {"learning_rate": 2.5e-4},
+    # what 2.5e-4 would have meant with another optimizer: the size of a step itself, whatever the parameter's
+    "absolute rate": {"optimizer_options": {"multiply_by_parameter_scale": False}},
     # main.py calls train() for so many steps at a time (the 1.5B for 100,000), and each call, like each pre-emption,
     # begins the data anew
     "restart": {"reading": {"restart_every": _CALL}},
@@ -37,8 +39,8 @@ SWITCHES = {
     # PrettyBig.json, whose optimizer is Adam
     "adam moments": {"optimizer_options": {"beta_2": 0.98, "epsilon": 1e-9}},
 }
-# Those of the 1.5B as it was trained; "new init" came later, and its optimizer was not Adam.
-ALL = tuple(name for name in SWITCHES if name not in ("new init", "adam moments"))
+# Those of the 1.5B as it was trained: its rate was relative, "new init" came later, and its optimizer was not Adam.
+ALL = tuple(name for name in SWITCHES if name not in ("absolute rate", "new init", "adam moments"))
 
 
 def switched(config: dict, switches, **others) -> dict:

@@ -1,7 +1,7 @@
 """The ways of the 2019 replication do what they say."""
 
 import itertools
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -110,6 +110,11 @@ def test_stitching_reads_far_more_than_it_cuts(corpus):
         for row, found in enumerate(batches.documents(step)):
             group = 4 * step + row  # the 5 documents that this window is from
             assert all(5 * group <= d < 5 * group + 5 for d in found)
+    seeds = [read(corpus, buffer=1, stitch=5, seed=seed).windows(0)[0] for seed in range(200)]
+    lengths = read(corpus).lengths[:5]
+    places = {sum(lengths[:document]) + at for document, at in seeds}
+    assert min(places) < 3 and sum(lengths) - T - 2 in range(max(places), max(places) + 3), "any place but the last"
+    assert len(places) > 0.9 * (sum(lengths) - T - 1)
 
 
 def test_files_can_be_mixed(corpus):
@@ -133,6 +138,14 @@ def test_switches_are_fields(corpus):
     base = dict(corpus="c", run_dir="r", learning_rate=1e-2, clip_norm=1.0, model={"n_embd": 24}, max_steps=10**6)
     for name in recipe2019.SWITCHES:
         assert TrainConfig.from_dict(recipe2019.switched(base, [name])) != TrainConfig.from_dict(base)
+    assert recipe2019.switched(base, []) == base
+    usual = TrainConfig(corpus="c", run_dir="r").to_dict()
+    usual |= {"model": asdict(SIZES["117M"]), "reading": asdict(Reading())}
+    for name, fields in recipe2019.SWITCHES.items():
+        if name not in ("dropout", "no clipping"):  # GPT-2 has that dropout; clipping is chosen in each recipe
+            for key, value in fields.items():
+                was = {k: usual[key].get(k) for k in value} if isinstance(value, dict) else usual[key]
+                assert was != value, f"{name} is off by default"
     everything = recipe2019.switched(base, recipe2019.ALL, same_on_hosts={"reading": {"hosts": 2}})
     config = TrainConfig.from_dict(everything)
     assert Reading(**config.reading) == Reading(10_000, 2, 2000, 42, 0.7, 512)
