@@ -33,6 +33,7 @@ from gpt2lib.report import locate, workspace, write_atomically
 
 _LANGUAGE = {"display_name": "Python 3 (ipykernel)", "language": "python"}
 _NOT_YET_RUN = "# not yet run: needs "
+_ONLY_WITH = "# only with "
 
 
 class StudyError(ValueError):
@@ -73,6 +74,7 @@ class Run:
     source: Path  # notebooks/<notebook>.ipynb
     parameters: dict  # with `stem` itself
     needs: str = ""  # what is not at hand, from the first line `# not yet run: needs ...`
+    only_with: str = ""  # a file or folder without which it is left out, from the first line `# only with data/...`
     earlier: tuple[str, ...] = ()  # the stems before it in its study, which it may read
 
     def file(self, suffix: str) -> Path:
@@ -146,7 +148,8 @@ def _check(path: Path, root: Path) -> Run:
     stem = path.relative_to(root).with_suffix("").as_posix()
     first = text.splitlines()[0]
     needs = first.removeprefix(_NOT_YET_RUN).strip() if first.startswith(_NOT_YET_RUN) else ""
-    return Run(stem, source, {**parameters, "stem": stem}, needs)
+    only_with = first.removeprefix(_ONLY_WITH).strip() if first.startswith(_ONLY_WITH) else ""
+    return Run(stem, source, {**parameters, "stem": stem}, needs, only_with)
 
 
 def _source(stem: str, root: Path) -> Path:
@@ -300,7 +303,8 @@ def _clean(notebook: nbformat.NotebookNode) -> None:
 def run_study(folder: str | Path, force: bool = False, only: str | None = None, unrun: bool = False) -> None:
     """Run what is not up to date, in order. Once a notebook has run, the later ones, which read it, run too.
 
-    `unrun`: also those whose first line says `# not yet run: needs ...`.
+    What says `# only with data/...` in its first line is left out where that is not there. `unrun`: also those whose
+    first line says `# not yet run: needs ...`.
     """
     runs = plan(folder)
     if only:
@@ -313,6 +317,9 @@ def run_study(folder: str | Path, force: bool = False, only: str | None = None, 
     for run in runs:
         if run.needs and not unrun:
             print(f"{run.stem}: skipped, needs {run.needs}; --not-yet-run runs it", flush=True)
+            continue
+        if run.only_with and not locate(run.only_with).exists():
+            print(f"{run.stem}: skipped, {run.only_with} is not there", flush=True)
             continue
         report = run.file(".ipynb").relative_to(workspace()).as_posix()
         if not rerun and run.is_up_to_date():

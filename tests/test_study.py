@@ -141,6 +141,18 @@ def test_not_yet_run_is_skipped_and_says_so(root, capsys):
     assert capsys.readouterr().out == "reports/s/01_tiny: skipped, needs a TPU; --not-yet-run runs it\n"
 
 
+def test_what_needs_a_file_is_left_out_without_it(root, capsys, monkeypatch):
+    write_yaml(root, "01_tiny", "# only with data/some/file.txt\nsteps: 3\n")
+    write_yaml(root, "01_tiny-b", "# always\n")
+    ran = []
+    monkeypatch.setattr(study, "execute", lambda run, **_: ran.append(run.stem))
+    assert study.main(["reports/s"]) == 0 and ran == ["reports/s/01_tiny-b"]
+    assert "reports/s/01_tiny: skipped, data/some/file.txt is not there\n" in capsys.readouterr().out
+    (root / "data" / "some").mkdir(parents=True)
+    (root / "data" / "some" / "file.txt").touch()
+    assert study.main(["reports/s"]) == 0 and ran[1:] == ["reports/s/01_tiny", "reports/s/01_tiny-b"]
+
+
 def test_a_study_from_the_first_run_to_the_last(root, capfd, monkeypatch):
     """One story, since every run starts a kernel: run, up to date, what makes it run again, outputs of failed runs."""
     foreign = root / "jupyter" / "kernels" / "python3"
