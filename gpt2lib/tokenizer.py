@@ -212,6 +212,11 @@ class Tokenizer:
         """The sha256 of both files as hex: equal exactly if the merges, and with them all ids, are equal."""
         return hashlib.sha256(b"".join(self._files.values())).hexdigest()
 
+    @property
+    def is_gpt2(self) -> bool:
+        """Whether the merges, and with them all ids, are GPT-2's."""
+        return hashlib.sha256(self._files["vocab.bpe"]).hexdigest() == GPT2_SHA256["vocab.bpe"]
+
     def __repr__(self) -> str:
         return f"Tokenizer(n_vocab={self.n_vocab}, hash={self.hash[:12]})"
 

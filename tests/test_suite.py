@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -142,6 +143,20 @@ def test_a_tokenizer_of_another_model(folder):
     small = Scorer(GPT2(ModelConfig(n_vocab=100, n_ctx=8, n_embd=6, n_head=1, n_layer=1), init=distinctive))
     with pytest.raises(TextError, match="257 entries and the model 100"):
         suite.measure("lambada", small, BYTES, folder, suite.Options(), download=False)
+
+
+def test_another_vocabulary_than_gpt2s_is_said(scorer, folder):
+    """The model is measured all the same."""
+    measured = {n: suite.measure(n, scorer, BYTES, folder, suite.Options(), download=False)[0] for n in ASKED[:3]}
+    known = {"loss", "accuracy by token", "accuracy last token", "perplexity last token"}
+    for results in ({"lambada": measured["lambada"]}, {"wikitext2": measured["wikitext2"]}, measured):
+        figures = {name.replace("_", " ") for protocols in results.values() for f in protocols.values() for name in f}
+        said = suite.vocabulary(results, BYTES)
+        named = set(said.partition("(")[2].partition(")")[0].split(", "))
+        assert said.startswith("The vocabulary of 257 entries is not GPT-2's: figures by its tokens (")
+        assert "\n" not in said and named & known == figures & known and named <= figures
+    assert suite.vocabulary({}, BYTES) == ""
+    assert suite.vocabulary(measured, SimpleNamespace(is_gpt2=True)) == ""
 
 
 def test_published_figures():

@@ -49,6 +49,13 @@ def test_many_texts_are_encoded_as_one_is(gpt2, monkeypatch):
         list(gpt2.encode_each(broken()))
 
 
+def test_gpt2_is_known_by_its_merges(gpt2):
+    """Not by their number."""
+    first, second, *others = gpt2._merges
+    other = Tokenizer([second, first, *others])
+    assert gpt2.is_gpt2 and not other.is_gpt2 and other.n_vocab == gpt2.n_vocab
+
+
 def test_gpt2_layout(gpt2):
     assert (gpt2.n_vocab, gpt2.end_of_text) == (50257, 50256)
     assert gpt2.decode([gpt2.end_of_text]) == END_OF_TEXT

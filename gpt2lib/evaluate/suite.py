@@ -291,6 +291,25 @@ def columns(results: dict) -> list[dict]:
     return rows
 
 
+# Figures that change with where a vocabulary cuts a word.
+_BY_TOKEN = {
+    "loss", "accuracy_by_token", "accuracy_last_token", "accuracy_last_token_no_stop_words", "accuracy_no_stop_words",
+    "perplexity_last_token",
+}  # fmt: skip
+
+
+def vocabulary(results: dict, tokenizer) -> str:
+    """A sentence on the figures of `results` that go by tokens, if the vocabulary is not GPT-2's; else nothing."""
+    shown = {name for protocols in results.values() for figures in protocols.values() for name in figures} & _BY_TOKEN
+    if tokenizer.is_gpt2 or not shown:
+        return ""
+    return (
+        f"The vocabulary of {tokenizer.n_vocab:,} entries is not GPT-2's: figures by its tokens "
+        f"({', '.join(sorted(shown)).replace('_', ' ')}) are not comparable with those of GPT-2's vocabulary; "
+        "figures by words, bytes and characters are."
+    )
+
+
 def details(results: dict) -> list[list[dict]]:
     """Every figure of every protocol: a list of rows for each kind of task, with errors as `value ± se`."""
     tables = {}
