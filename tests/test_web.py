@@ -83,6 +83,20 @@ GERMAN = ["Der Garten hinter dem Haus ist im Winter leer, und die Leute gehen ni
 LATIN = [
     s.replace("garden", "caf\u00e9").replace("river", "Z\u00fcrich").replace("The", "Na\u00efve") for s in article(7001)
 ]
+# Where servers send a crawler that should not go there, and why it does not.
+ELSEWHERE = {
+    "http://[bad": "malformed address",
+    "http://a..b/x": "malformed address",
+    f"http://{'a' * 64}.example/": "malformed address",
+    "http://127.1/": "malformed address",
+    "http://caf\udce9.example/": "malformed address",  # a byte that is not UTF-8
+    "http://10.0.0.1/secret": "private address",
+    "http://localhost/": "private address",  # a name that resolves to one
+    "http://\uff11\uff12\uff17.\uff10.\uff10.\uff11/": "private address",  # 127.0.0.1 in full width
+    "https://en.wikipedia.org/wiki/GPT-2": "blocked domain",
+    "https://en.\uff57ikipedia.org/wiki/GPT-2": "blocked domain",
+    "file:///etc/passwd": "neither http nor https",
+}
 EVALUATION = [s.replace(" the ", " the same ").replace(" a ", " a certain ") for s in article(9001, 4)]
 
 
@@ -100,18 +114,23 @@ def answer(site: int, path: str) -> tuple[int, dict, bytes]:
         "again": lambda: ["It is said to be of the same line that they have with it."] * 60,
         "evaluation": lambda: [*article(7002), *EVALUATION, *article(7003)],
         "private": lambda: article(7004),
+        "odd": lambda: article(7005),
+        "once": lambda: article(7006),
     }
+    if kind == "robots.txt" and site > SITES:
+        return 302, {"Location": list(ELSEWHERE)[site - SITES - 1]}, b""
     if kind == "robots.txt":
         rules = b"User-agent: *\nDisallow: /private/\n"
         return {2: 503, 3: 404}.get(site, 200), {"Content-Type": "text/plain"}, rules
     if kind in pages:
-        return 200, html, page(pages[kind]()).encode()
+        more = {"X-Odd": "\udcff"} if kind == "odd" else {}
+        return 200, {**html, **more}, page(pages[kind]()).encode()
     if kind == "slow":
         time.sleep(3)
     return {
         "moved": (301, {"Location": f"/a/{rest}"}, b""),
         "loop": (302, {"Location": "/loop/1" if rest == "0" else "/loop/0"}, b""),
-        "inside": (302, {"Location": "http://10.0.0.1/secret"}, b""),
+        "to": (302, {"Location": list(ELSEWHERE)[int(rest) if kind == "to" else 0]}, b""),
         "bomb": (200, {**html, "Content-Encoding": "gzip"}, gzip.compress(b"x" * 30_000_000)),
         "latin": (200, html, page(LATIN, '<meta charset="iso-8859-1">').encode("iso-8859-1")),  # which is not utf-8
         "empty": (200, html, b""),
@@ -129,7 +148,7 @@ def web():
         protocol_version = "HTTP/1.1"
 
         def do_GET(self):
-            host = self.headers["Host"].partition(":")[0]
+            host = self.connection.getsockname()[0]
             slow = "/slow/" in self.path  # given up by the crawler before it ends
             with lock:
                 inside[host] = inside.get(host, 0) + (not slow)
@@ -137,11 +156,13 @@ def web():
                 seen["requests"].append((host, self.path))
             try:
                 status, headers, body = answer(int(host.rpartition(".")[2]), self.path)
+                if self.path.startswith("/once") and seen["requests"].count((host, self.path)) == 1:
+                    status, headers, body = 503, {}, b""
                 with lock:
                     inside[host] -= not slow
                 self.send_response(status)
                 for key, value in {**headers, "Content-Length": str(len(body))}.items():
-                    self.send_header(key, value)
+                    self.send_header(key, value.encode("utf-8", "surrogateescape").decode("latin-1"))
                 self.end_headers()
                 self.wfile.write(body)
             except OSError:  # it has gone
@@ -178,10 +199,15 @@ def addresses(port: int) -> list[str]:
     out += [at(1, f"/a/{i}?utm_source=x#top") for i in range(5)] + [at(1, "/a/0")]
     out += [at(4, f"/copy/{i}") for i in range(5)] + [at(5, f"/moved/{i}") for i in range(5)]
     out += [at(6, f"/near/{i}") for i in range(5, 13)]
-    out += [at(1, f"/{kind}/0") for kind in ("loop", "inside", "slow", "huge", "bomb")]
+    out += [at(1, f"/{kind}/0") for kind in ("loop", "slow", "huge", "bomb")]
+    out += [at(10, f"/to/{i}") for i in range(len(ELSEWHERE))] + [at(SITES + i, "/a/0") for i in (1, 8)]
+    out += [at(6, "/odd/0"), at(6, "/once/0")]
     out += [at(7, f"/{kind}/0") for kind in ("latin", "german", "short", "again", "empty", "broken", "picture")]
     out += [at(8, "/private/0"), at(8, "/evaluation/0"), at(9, "/none/0"), at(9, "/none/1")]
-    out += ["http://10.0.0.1/", "http://169.254.169.254/latest/meta-data", "http://[::1]/", "http://0xA9FEA9FE/"]
+    out += ["http://10.0.0.1/", "http://169.254.169.254/latest/meta-data", "http://[::1]/"]
+    out += [f"http://\uff11\uff12\uff17.\uff10.\uff10.\uff11:{port}/", "http://127\u30020\u30020\u30021/"]
+    out += [f"http://{host}/" for host in ("0xA9FEA9FE", "127.1", "0x7f.1", "2130706433", "0177.0.0.1", "0")]
+    out += ["http://[bad", "http://a..b/x", f"http://{'a' * 64}.example/", "https://en.\uff57ikipedia.org/wiki/GPT-2"]
     out += [
         "http://localhost/",
         "file:///etc/passwd",
@@ -195,11 +221,12 @@ def addresses(port: int) -> list[str]:
 
 
 FUNNEL = {
-    "links": ({"neither http nor https": 2, "with a user's name": 1, "malformed": 1, "blocked domain": 1,
+    "links": ({"neither http nor https": 2, "with a user's name": 1, "malformed address": 10, "blocked domain": 2,
                "blocked type of file": 2}, {}),
     "urls": ({"duplicate": 6}, {}),
-    "pages": ({"too many redirects": 1, "private address": 6, "too large": 2, "not HTML": 1, "status 404": 2,
-               "forbidden by robots.txt": 1}, {"timeout": 1, "status 503": 1, "robots.txt cannot be had": ARTICLES}),
+    "pages": ({"too many redirects": 1, "private address": 10, "too large": 2, "not HTML": 1, "status 404": 2,
+               "forbidden by robots.txt": 1, "malformed address": 6, "blocked domain": 2,
+               "neither http nor https": 1}, {"timeout": 1, "status 503": 1, "robots.txt cannot be had": ARTICLES}),
     "texts": ({"another language": 1, "too short": 2, "no HTML": 1}, {}),
     "unique": ({"exact duplicate": 10, "near duplicate": 8}, {}),
     "clean": ({"overlaps an evaluation": 1}, {}),
@@ -237,11 +264,13 @@ def test_from_urls_to_clean_text(web, result):
         assert (row["stage"], row["dropped"], row["dead"]) == (name, dropped, dead)
         assert row["entered"] == row["left"] + sum(dropped.values()) + sum(dead.values())
     texts = list(files.documents(result["texts"]))
-    assert len(texts) == result["funnel"][-1]["left"] == (SITES - 1) * ARTICLES + 1
+    assert len(texts) == result["funnel"][-1]["left"] == (SITES - 1) * ARTICLES + 3
     assert any("caf\u00e9" in text and "Z\u00fcrich" in text for text in texts)
     assert not any("Section" in text or "Copyright" in text for text in texts)
     assert not seen["overlaps"], "one connection to a host at a time"
     assert not any(path.startswith("/private") for _, path in seen["requests"])
+    assert {host for host, _ in seen["requests"]} == {f"127.0.1.{site}" for site in [*range(1, SITES + 2), SITES + 8]}
+    assert seen["requests"].count(("127.0.1.6", "/once/0")) == 2
     assert result["overlap"][13] == {"invented": 1.0, "other": 0.0}
     assert result["overlap"][8]["invented"] == 1 and 0 < result["overlap"][8]["other"] < 0.5  # of the same patterns
     letters = [r for path in sorted((result["folder"] / "3-pages").glob("*.dead.gz")) for r in pipeline.read_part(path)]
@@ -345,6 +374,30 @@ def test_docstrings_go_through_the_same(tmp_path):
         ("http://example.com:99999/", Refused),
         ("http:///a", Refused),
         ("", Refused),
+        ("http://a.example//b.example/x", "http://a.example/b.example/x"),
+        ("http://B\u00fccher.example/\u00e4", "http://xn--bcher-kva.example/%C3%A4"),
+        ("http://\uff11\uff12\uff17.\uff10.\uff10.\uff11:80/", "http://127.0.0.1/"),
+        ("http://127\u30020\u30020\u30021./", "http://127.0.0.1/"),
+        ("http://en.\uff57ikipedia.org/", "http://en.wikipedia.org/"),
+        ("http://[::ffff:127.0.0.1]/", "http://[::ffff:7f00:1]/"),
+        ("http://a.example/\ud83d", Refused),
+        ("http://[bad", Refused),
+        ("http://[fe80::1%25eth0]/", Refused),
+        ("http://[::1].example/", Refused),
+        ("http://a..b/", Refused),
+        ("http://.b/", Refused),
+        ("http://a.example../", Refused),
+        (f"http://{'a' * 64}.example/", Refused),
+        (f"http://{'a.' * 127}example/", Refused),
+        ("http://%31%32%37.0.0.1/", Refused),
+        ("http://127.1/", Refused),
+        ("http://127.0.0.0x1/", Refused),
+        ("http://0x7f.1/", Refused),
+        ("http://0X7F000001/", Refused),
+        ("http://2130706433/", Refused),
+        ("http://0177.0.0.1/", Refused),
+        ("http://127.0.0.256/", Refused),
+        ("http://0/", Refused),
     ],
 )
 def test_canonical_urls(url, expected):
@@ -361,6 +414,7 @@ def test_blocked_urls():
         "http://wikipedia.org/",
         "http://a.example/b.JPG",
         "http://a.example/b.pd%66",
+        urls.canonical("http://en.\uff57ikipedia\u3002org./"),
     ):
         with pytest.raises(Refused):
             urls.check(url)
@@ -375,22 +429,62 @@ def test_private_addresses():
         assert manners.reachable(address), address
     for address in (
         "127.0.0.1 10.1.2.3 172.16.0.1 192.168.1.1 169.254.169.254 100.64.0.1 0.0.0.0 224.0.0.1 255.255.255.255 ::1 :: "
-        "fe80::1 fe80::1%eth0 fc00::1 ff02::1 ::ffff:10.0.0.1 ::ffff:127.0.0.1 64:ff9b::a00:1 2002:a00:1::1"
+        "fe80::1 fe80::1%eth0 fc00::1 ff02::1 ::ffff:10.0.0.1 ::ffff:127.0.0.1 64:ff9b::a00:1 2002:a00:1::1 "
+        "fec0::1 feff::1 ::127.0.0.1 ::8.8.8.8 64:ff9b:1::a00:1 ::ffff:0:127.0.0.1 5f00::1 3fff::1 2001:db8::1 "
+        "192.0.0.192"
     ).split():
         assert not manners.reachable(address), address
     assert crawl.Manners(allowed=("10.0.0.0/8",)).reachable("10.1.2.3")
 
 
-def test_a_name_that_leads_inside(monkeypatch):
-    """What counts is the address to which a name resolves when it is connected to."""
+def test_a_name_that_leads_inside(web, monkeypatch):
+    """What counts is the address to which a name resolves when it is connected to; of several, one outside."""
+    port, seen = web
+    names = {
+        "harmless.example": ["10.0.0.1"],
+        "six.example": ["fd00::1"],
+        "both.example": ["10.0.0.1", "fd00::1"],
+        "mixed.example": ["127.0.2.1", "::1", "127.0.1.3", "10.0.0.1"],
+    }
 
-    def inside(host, port, *_, **__):
-        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("10.0.0.1", port or 80))]
+    def resolved(host, port, *_, **__):
+        for address in names[host]:
+            place = (address, port, 0, 0) if ":" in address else (address, port)
+            yield (socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM, 6, "", place)
 
-    monkeypatch.setattr(socket, "getaddrinfo", inside)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: list(resolved(*a, **k)))
+    found, before = {}, len(seen["requests"])
+    manners = dataclasses.replace(MANNERS, tries=1)
+    crawl.crawl([f"http://{name}:{port}/a/1" for name in names], manners, lambda url, got: found.update({url: got}))
+    reasons = [repr(found.pop(f"http://{name}:{port}/a/1")) for name in list(names)[:3]]
+    assert reasons == [repr(Refused("private address"))] * 3
+    assert [type(page) for page in found.values()] == [crawl.Page]
+    assert seen["requests"][before:] == [("127.0.1.3", "/robots.txt"), ("127.0.1.3", "/a/1")]
+
+
+def test_what_no_list_should_hold():
+    """Also when a crawl is given it as it is."""
     found = {}
-    crawl.crawl(["http://harmless.example/a"], crawl.Manners(pause=0.0, tries=1), found.__setitem__)
-    assert repr(found["http://harmless.example/a"]) == repr(Refused("private address"))
+    crawl.crawl(["http://[bad", "http://\uff11\uff12\uff17.0.0.1/", "http://127.1/"], MANNERS, found.__setitem__)
+    assert list(map(str, found.values())) == ["malformed address", "private address", "malformed address"]
+
+
+def test_an_answer_that_breaks_the_client_is_a_dead_letter(web, tmp_path, monkeypatch):
+    port, _ = web
+    page = crawl.Crawler.page
+
+    async def breaks(self, url):
+        return 1 / 0 if url.endswith("/7") else await page(self, url)
+
+    monkeypatch.setattr(crawl.Crawler, "page", breaks)
+    (tmp_path / "urls").mkdir()
+    listed = [{"url": f"http://127.0.1.3:{port}/a/{i}"} for i in (6, 7, 8)]
+    pipeline.write_part(pipeline.part(tmp_path / "urls", 0), listed)
+    pipeline.fetch(0, tmp_path, tmp_path / "urls", MANNERS)
+    counts = json.loads((tmp_path / "part-00000.json").read_text())
+    assert counts == {"entered": 3, "left": 2, "dropped": {}, "dead": {"ZeroDivisionError": 1}}
+    letters = list(pipeline.read_part(tmp_path / "part-00000.dead.gz"))
+    assert letters == [{**listed[1], "reason": "ZeroDivisionError", "message": "division by zero"}]
 
 
 def test_hosts_that_do_not_answer_or_have_too_much(web):

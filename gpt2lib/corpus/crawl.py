@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urlsplit
 
 import aiohttp
 import trafilatura
@@ -25,12 +25,14 @@ from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
 from gpt2lib.corpus import urls
-from gpt2lib.corpus.urls import Refused
+from gpt2lib.corpus.urls import Failed, Refused
 from gpt2lib.data import CorpusError
 
 HTML = ("text/html", "application/xhtml+xml")
 _ROBOTS_BYTES = 500 * 1024  # RFC 9309, section 2.5
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_GIVEN_OUT = ipaddress.ip_network("2000::/3")  # all of IPv6 that is (IANA, Global Unicast Address Space)
+_SPECIAL = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "3fff::/20")))  # RFC 6890 and 9637; unknown to Python 3.11
 _LONGEST_PAUSE = 60.0  # s, of those that a robots.txt asks for
 
 
@@ -67,14 +69,12 @@ class Manners:
         ip = ipaddress.ip_address(address.partition("%")[0])
         if any(ip in ipaddress.ip_network(network) for network in self.allowed):
             return True
-        inner = [ip, getattr(ip, "ipv4_mapped", None), getattr(ip, "sixtofour", None)]
         if ip in _NAT64:
-            inner.append(ipaddress.ip_address(int(ip) & 0xFFFFFFFF))
-        return all(one.is_global and not one.is_multicast for one in inner if one is not None)
-
-
-class Failed(Exception):
-    """A page that could not be had this time; the message is the reason."""
+            ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if (ip.version == 6 and ip not in _GIVEN_OUT) or any(ip in network for network in _SPECIAL):
+            return False
+        inner = getattr(ip, "sixtofour", None)
+        return all(one.is_global and not one.is_multicast for one in (ip, inner) if one is not None)
 
 
 class _Again(Failed):
@@ -126,13 +126,14 @@ class Crawler:
         await self.session.close()
 
     async def page(self, url: str) -> Page:
-        """The HTML page at a canonical URL. Refused for what the rules forbid, Failed for what did not work."""
+        """The HTML page at a URL. Refused for what the rules forbid, Failed for what did not work."""
+        url = urls.canonical(url)
         for _ in range(self.manners.max_redirects + 1):
             urls.check(url)
             answer = await self._patiently(lambda url=url: self._ask(url))
             if isinstance(answer, Page):
                 return answer
-            url = urls.canonical(urljoin(url, answer))
+            url = urls.canonical(answer, url)
         raise Refused("too many redirects")
 
     async def _patiently(self, ask):
@@ -147,8 +148,6 @@ class Crawler:
     async def _ask(self, url: str) -> Page | str:
         """A page, or where it has gone."""
         rules = await self._rules(url)
-        if rules is None:
-            raise Failed("robots.txt cannot be had")
         if not rules.can_fetch(url, self.manners.agent):
             raise Refused("forbidden by robots.txt")
         pause = min(rules.crawl_delay(self.manners.agent) or 0.0, _LONGEST_PAUSE)
@@ -167,7 +166,7 @@ class Crawler:
             return Page(url, [(k, v) for k, v in answer.headers.items()], body)
 
     async def _rules(self, url: str):
-        """The robots.txt of a URL's host (RFC 9309): no such file forbids nothing; None where it cannot be read."""
+        """The robots.txt of a URL's host (RFC 9309): no such file forbids nothing, one that cannot be had all."""
         parts = urlsplit(url)
         origin = f"{parts.scheme}://{parts.netloc}"
         async with self.asking[origin]:
@@ -175,7 +174,11 @@ class Crawler:
                 try:
                     self.robots[origin] = Protego.parse(await self._robots(f"{origin}/robots.txt"))
                 except _Again:
-                    self.robots[origin] = None
+                    self.robots[origin] = Failed("robots.txt cannot be had")
+                except Refused as reason:  # of where it has gone
+                    self.robots[origin] = reason
+        if isinstance(self.robots[origin], Exception):
+            raise self.robots[origin]
         return self.robots[origin]
 
     async def _robots(self, url: str) -> str:
@@ -183,7 +186,7 @@ class Crawler:
             answer = await self._patiently(lambda url=url: self._robots_once(url))
             if isinstance(answer, bytes):
                 return answer[:_ROBOTS_BYTES].decode("utf-8", "replace")
-            url = urljoin(url, answer)
+            url = urls.canonical(answer, url)
         return ""
 
     async def _robots_once(self, url: str) -> bytes | str:
@@ -208,7 +211,7 @@ class Crawler:
     @contextlib.asynccontextmanager
     async def _get(self, url: str, pause: float = 0.0) -> AsyncIterator[aiohttp.ClientResponse]:
         """The answer to one request, in its host's turn."""
-        name, clock = urls.host(url), asyncio.get_running_loop().time
+        name, clock = urls.reached(url), asyncio.get_running_loop().time
         if _is_address(name) and not self.manners.reachable(name):  # a name is checked when it is resolved
             raise Refused("private address")
         async with self.turns[name]:
@@ -236,7 +239,10 @@ def _is_address(name: str) -> bool:
 
 
 def crawl(addresses: Iterable[str], manners: Manners, take: Callable[[str, Page | Exception], None]) -> None:
-    """`take(url, its page or the Refused or Failed that it ended with)` for each address, as they come."""
+    """`take(url, its page or the exception that it ended with)` for each address, as they come.
+
+    That is Refused, Failed, or whatever an answer did to the client: none of them ends the crawl.
+    """
 
     async def visit(crawler, room, own):
         async with room:
@@ -248,9 +254,9 @@ def crawl(addresses: Iterable[str], manners: Manners, take: Callable[[str, Page 
                     if silent >= manners.patience:
                         raise Failed("the host does not answer")
                     found = await crawler.page(url)
-                except (Refused, Failed) as error:
+                except Exception as error:
                     found = error
-                silent = silent + 1 if isinstance(found, _Again) else silent if isinstance(found, Failed) else 0
+                silent = 0 if isinstance(found, (Page, Refused)) else silent + isinstance(found, _Again)
                 take(url, found)
 
     async def run():
@@ -273,7 +279,7 @@ class WarcFile:
 
     def add(self, url: str, page: Page) -> None:
         gone = ("content-encoding", "transfer-encoding", "content-length")  # the body is unpacked
-        headers = [(k, v) for k, v in page.headers if k.lower() not in gone]
+        headers = [(k, v.encode("utf-8", "replace").decode()) for k, v in page.headers if k.lower() not in gone]
         http = StatusAndHeaders("200 OK", [*headers, ("Content-Length", str(len(page.body)))], protocol="HTTP/1.1")
         ends = {"WARC-Redirected-To": page.url} if page.url != url else {}
         body = io.BytesIO(page.body)

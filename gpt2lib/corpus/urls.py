@@ -7,12 +7,15 @@ section 2.1).
 import bz2
 import gzip
 import io
+import ipaddress
 import json
 import lzma
+import re
 from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
-from urllib.parse import unquote, urljoin, urlsplit
+from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
 
+import yarl
 from courlan import normalize_url, scrub_url
 from tld import get_tld
 
@@ -32,6 +35,8 @@ BLOCKED_TYPES = frozenset(
     pdf ps doc docx xls xlsx ppt pptx odt epub zip gz bz2 xz 7z rar tar tgz iso dmg exe msi apk jar deb rpm bin
     css js json xml rss atom torrent""".split()
 )
+_LABEL = re.compile(r"[a-z0-9_-]{1,63}")  # of a name that can be asked for
+_NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")  # a host whose last label is one is an IPv4 address, as browsers have it
 _OPEN = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
@@ -39,32 +44,62 @@ class Refused(Exception):
     """A record that a stage leaves out; the message is the reason under which it is counted."""
 
 
-def canonical(url: str) -> str:
+class Failed(Exception):
+    """A record that could not be had or read this time; the message is the reason under which it is kept."""
+
+
+def canonical(url: str, base: str = "") -> str:
     """One form of the addresses of a page: lower-case host, no fragment, no tracking parameters, those left sorted.
+
+    Args:
+        base: the address of the page that leads to this one, which may then be a part of an address.
 
     Refused for what is no web address: another scheme, no host, user and password, a port that is no number.
     """
-    url = scrub_url(url.strip())
     try:
+        url = scrub_url(urljoin(base, url.strip()))
+        url.encode()  # which half a surrogate pair has no way to be
         parts = urlsplit(url)
-        port, host = parts.port, parts.hostname
+        scheme, port = parts.scheme.lower(), parts.port
     except ValueError:
-        raise Refused("malformed") from None
-    if parts.scheme.lower() not in ("http", "https"):
+        raise Refused("malformed address") from None
+    if scheme not in ("http", "https"):
         raise Refused("neither http nor https")
-    if not host or any(c.isspace() for c in url):
-        raise Refused("malformed")
     if parts.username is not None or parts.password is not None:
         raise Refused("with a user's name")
-    usual = {"http": 80, "https": 443}[parts.scheme.lower()]
-    place = f"[{host}]" if ":" in host else host.rstrip(".")
-    place = place if port in (None, usual) else f"{place}:{port}"
+    name = reached(url)
+    place = f"[{name}]" if ":" in name else name
+    place = place if port in (None, {"http": 80, "https": 443}[scheme]) else f"{place}:{port}"
     query = f"?{parts.query}" if parts.query else ""
-    return normalize_url(urljoin(f"{parts.scheme.lower()}://{place}/", (parts.path or "/") + query))
+    rest = urlsplit(normalize_url(urljoin("http://_/", re.sub("/+", "/", parts.path) + query)))
+    return urlunsplit((scheme, place, rest.path or "/", rest.query, ""))
+
+
+def reached(url: str) -> str:
+    """The host that a client connects to for a URL: a name in ASCII, or an address in its one form.
+
+    Refused for what DNS can have no name for, and for an address in other words, such as 127.1, 0x7f.1, 2130706433.
+    """
+    try:
+        name = (yarl.URL(url).raw_host or "").removesuffix(".")  # where digits of full width have become plain ones
+        if ":" in name:
+            return ipaddress.IPv6Address(name if "%" not in name else "").compressed
+        labels = name.split(".")
+        if _NUMBER.fullmatch(labels[-1]):
+            return str(ipaddress.IPv4Address(name))
+    except ValueError:
+        raise Refused("malformed address") from None
+    if len(name) > 253 or not all(map(_LABEL.fullmatch, labels)):
+        raise Refused("malformed address")
+    return name
 
 
 def host(url: str) -> str:
-    return urlsplit(url).hostname or ""
+    """As it is written there; "" for a URL that has none."""
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
 
 
 def domain(url: str) -> str:
