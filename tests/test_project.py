@@ -269,6 +269,19 @@ def test_the_verdict_begins_with_the_factors():
         )
 
 
+def test_the_verdict_says_what_would_settle_it():
+    """Hours and dollars by the plan: two dollars a chip-hour, a chip has two cores."""
+    best = json.loads((ROOT / "reports" / "plan" / "00_plan.json").read_text())["numbers"]["best"]
+    verdict = " ".join((ROOT / "reports/ablation/README.md").read_text().split())
+    for tokens, of in ((300_000 * 32_768, "117M v3-8"), (53.7e9, "117M v3-8"), (30_000 * 512 * 1024, "1.5B v3-512")):
+        hours = tokens * best[of]["seconds"] / best[of]["tokens"] / 3600
+        dollars = 2 * hours * int(of.rpartition("-")[2]) / 2
+        topology = of.split()[1]
+        assert re.search(
+            rf"takes {hours:.1f} hours of a (TPU )?{topology}[\w ]* and costs {dollars:,.0f} dollars", verdict
+        )
+
+
 def test_readme_says_what_the_ablation_found():
     recorded = json.loads((ROOT / "reports" / "ablation" / "07_ablate-3-webtext.json").read_text())["numbers"]
     everything = {row["arm"]: row for row in recorded["arms"]}["2019"]
