@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import gzip
 import http.server
+import io
 import json
 import lzma
 import os
@@ -24,6 +25,8 @@ for package in ("apache_beam", "aiohttp", "protego", "trafilatura", "warcio", "z
     pytest.importorskip(package)
 
 import zstandard  # noqa: E402
+from warcio.statusandheaders import StatusAndHeaders  # noqa: E402
+from warcio.warcwriter import WARCWriter  # noqa: E402
 
 from gpt2lib import corpus  # noqa: E402
 from gpt2lib.corpus import crawl, duplicates, files, pipeline, text, urls  # noqa: E402
@@ -511,18 +514,51 @@ def test_lists_of_urls(tmp_path):
     for suffix, pack in packers.items():
         (tmp_path / f"list.txt{suffix}").write_bytes(pack(plain.encode()))
         assert list(urls.read_list(tmp_path / f"list.txt{suffix}")) == [
-            ("http://a.example/", None),
-            ("http://b.example/x", None),
+            ({"url": "http://a.example/", "score": None}, None),
+            ({"url": "http://b.example/x", "score": None}, None),
         ]
         (tmp_path / f"RS_2011-01{suffix}").write_bytes(pack(shift.encode()))
-        found = list(urls.read_list(tmp_path / f"RS_2011-01{suffix}"))
+        found = [tuple(link.values()) for link, _ in urls.read_list(tmp_path / f"RS_2011-01{suffix}")]
         assert found == [("http://a.example/", 7), ("http://b.example/", 1), ("", 50)]
     pipeline.read_links(0, tmp_path, [tmp_path / "RS_2011-01.zst"], 3)
     counts = json.loads((tmp_path / "part-00000.json").read_text())
     assert counts == {"entered": 3, "left": 1, "dropped": {"low score": 1, "no link": 1}, "dead": {}}
     (tmp_path / "cut.xz").write_bytes(lzma.compress(plain.encode())[:-20])
-    with pytest.raises(CorpusError, match=r"cut\.xz, after line \d+: this list of URLs cannot be read"):
-        list(urls.read_list(tmp_path / "cut.xz"))
+    (tmp_path / "bad.gz").write_bytes(gzip.compress(plain.encode())[:12] + b"\xff" * 50)
+    (tmp_path / "bad.zst").write_bytes(plain.encode())
+    for name in ("cut.xz", "bad.gz", "bad.zst"):
+        with pytest.raises(CorpusError, match=rf"{name}, after line \d+: this list of URLs cannot be read"):
+            list(urls.read_list(tmp_path / name))
+
+
+def test_bad_lines_of_a_list_are_kept_with_the_reason(tmp_path):
+    lines = [
+        '{"url": "http://a.example/1", "score": "7"}',
+        '{"url": "http://a.example/2", "score": "2"}',
+        '{"url": "http://a.example/3", "score": 7.5}',
+        '{"url": "http://a.example/4", "score": null}',
+        '{"url": "http://a.example/5", "score": "many"}',
+        '{"url": "http://a.example/6", "score": [7]}',
+        '{"url": "http://a.example/7", "score": NaN}',
+        '{"url": "http://a.example/8", "sc',
+        '{"url": ' * 100_000,
+        '{"url": ["http://a.example/9"], "score": 7}',
+        '{"url": "http://a.example/\\ud83d", "score": 7}',
+        "http://a.example/10",
+    ]
+    (tmp_path / "list").write_text("\n".join(lines))
+    pipeline.read_links(0, tmp_path, [tmp_path / "list"], 3)
+    counts = pipeline.Counts(**json.loads((tmp_path / "part-00000.json").read_text()))
+    counts.dropped, counts.dead = map(pipeline.Counter, (counts.dropped, counts.dead))
+    counts.check("links")
+    assert [r["url"] for r in pipeline.read_part(tmp_path / "part-00000.jsonl.gz")] == [
+        f"http://a.example/{i}" for i in (1, 3, 4, 10)
+    ]
+    assert counts.entered == len(lines)
+    assert counts.dropped == {"low score": 1, "neither http nor https": 1, "malformed address": 1}
+    assert counts.dead == {"a score that is no number": 3, "not JSON": 2}
+    letters = list(pipeline.read_part(tmp_path / "part-00000.dead.gz"))
+    assert [letter["url"] for letter in letters] == [line[:500] for line in lines[4:9]]
 
 
 GOOD = "\n".join(article(1, 20))
@@ -642,6 +678,35 @@ def test_a_page_that_breaks_a_parser_is_kept_with_the_reason(tmp_path):
     assert list(pipeline.read_part(tmp_path / "part-00000.dead.gz")) == [
         {"id": "b", "reason": "ZeroDivisionError", "message": "division by zero"}
     ]
+
+
+def test_answers_of_a_warc_file_that_are_no_pages(tmp_path):
+    """All are counted, with the reason: what other crawlers keep as well."""
+    html = ("Content-Type", "text/html")
+    answers = [
+        ("http://a.example/", "200 OK", [html], page(article(1))),
+        ("http://a.example/gone", "404 Not Found", [html], page(article(2))),
+        ("http://a.example/moved", "301 Moved", [html, ("Location", "/")], ""),
+        ("http://a.example/picture", "200 OK", [("Content-Type", "image/png")], "x"),
+        ("http://a.example/untyped", "200 OK", [], page(article(3))),
+        ("http://a.example/broken", "so to say", [html], page(article(4))),
+        ("dns:a.example", None, None, "a.example. IN A 192.0.2.1"),
+    ]
+    with (tmp_path / "foreign.warc.gz").open("wb") as file:
+        writer = WARCWriter(file, gzip=True)
+        writer.write_record(writer.create_warcinfo_record("foreign.warc.gz", {"software": "another"}))
+        for url, status, headers, body in answers:
+            http_ = StatusAndHeaders(status, headers, protocol="HTTP/1.1") if status else None
+            record = writer.create_warc_record(
+                url, "response", io.BytesIO(body.encode()), len(body), http_headers=http_
+            )
+            writer.write_record(record)
+    found = pipeline.run(
+        tmp_path / "run", warcs=[tmp_path / "foreign.warc.gz"], progress=False, options=["--runner=DirectRunner"]
+    )
+    texts = found["funnel"][0]
+    assert (texts["entered"], texts["left"], texts["dead"]) == (len(answers), 1, {})
+    assert texts["dropped"] == {"status 404": 1, "status 301": 1, "not HTML": 2, "without a status": 2}
 
 
 def test_saved_pages_say_their_address(tmp_path):

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import io
 import ipaddress
+import re
 import socket
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
@@ -289,26 +290,34 @@ class WarcFile:
         self.writer.write_record(record)
 
 
-def read_warc(path: Path | str) -> Iterator[dict]:
-    """A record for each HTML page of a WARC file: `url`, `html` (bytes). CorpusError for one that cannot be read."""
+def read_warc(path: Path | str) -> Iterator[tuple[dict, Refused | None]]:
+    """The answers in a WARC file, each with None, or with the Refused that says why it is no HTML page.
+
+    A record has its `url`, a page also `html` (bytes). CorpusError for a file that cannot be read.
+    """
     try:
         with open(path, "rb") as stream:
             for record in ArchiveIterator(stream):
-                http = record.http_headers
-                if record.rec_type != "response" or http is None or http.get_statuscode() != "200":
+                if record.rec_type != "response":
                     continue
-                if (http.get_header("Content-Type") or "").partition(";")[0].strip().lower() in HTML:
+                found, http = {"url": record.rec_headers.get_header("WARC-Target-URI")}, record.http_headers
+                status = http.get_statuscode() if http is not None else ""
+                if status != "200":
+                    yield found, Refused(f"status {status}" if re.fullmatch("[0-9]{3}", status) else "without a status")
+                elif (http.get_header("Content-Type") or "").partition(";")[0].strip().lower() not in HTML:
+                    yield found, Refused("not HTML")
+                else:
                     html = record.content_stream().read()
                     while record.raw_stream.read(1 << 16):
                         pass
                     if getattr(record.raw_stream, "limit", 0):
                         raise CorpusError(f"{path} is cut off in the middle of a page; fetch it again")
-                    yield {"url": record.rec_headers.get_header("WARC-Target-URI"), "html": html}
+                    yield {**found, "html": html}, None
     except (ArchiveLoadFailed, OSError, EOFError) as error:
         raise CorpusError(f"{path} is not a WARC file that can be read: {error}") from error
 
 
-def read_pages(path: Path) -> Iterator[dict]:
+def read_pages(path: Path) -> Iterator[tuple[dict, Refused | None]]:
     """The same of a WARC file, or of a folder of saved pages, .html and .htm.
 
     Their `url` is their canonical link, or what they tell social networks (`og:url`), or "".
@@ -322,7 +331,7 @@ def read_pages(path: Path) -> Iterator[dict]:
         found = (
             [] if tree is None else tree.xpath("//link[@rel='canonical']/@href | //meta[@property='og:url']/@content")
         )
-        yield {"url": next((url for url in map(str, found) if "://" in url), ""), "html": html}
+        yield {"url": next((url for url in map(str, found) if "://" in url), ""), "html": html}, None
 
 
 def saved_pages(folder: Path) -> list[Path]:

@@ -51,7 +51,7 @@ LOCAL = (
     "--direct_running_mode=multi_processing",
     "--direct_num_workers=0",  # all cores
 )
-VERSION = 1  # of what the stages write; another one is made anew
+VERSION = 2  # of what the stages write; another one is made anew
 
 
 # --- parts on disk ----------------------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ class Sieve:
     def __init__(self, *steps: Callable[[dict], dict]):
         self.steps, self.counts, self.letters = steps, Counts(), []
 
-    def __call__(self, records: Iterable[dict | tuple[dict, Exception]]) -> Iterator[dict]:
+    def __call__(self, records: Iterable[dict | tuple[dict, Exception | None]]) -> Iterator[dict]:
         """Those records that pass, see `take`."""
         return (passed for record in records if (passed := self.take(*_pair(record))) is not None)
 
@@ -164,18 +164,15 @@ def _digest(value) -> str:
 def read_links(n: int, folder: Path, lists: Sequence[Path], min_score: int) -> None:
     """List n -> its URLs, canonical, without those that are blocked."""
 
-    def links():
-        for url, score in urls.read_list(lists[n]):
-            low = score is not None and score < min_score
-            yield ({"url": url}, Refused("low score")) if low else {"url": url}
-
     def address(record):
+        if record["score"] is not None and record["score"] < min_score:
+            raise Refused("low score")
         if not record["url"]:
             raise Refused("no link")
         return {"url": urls.check(urls.canonical(record["url"]))}
 
     sieve = Sieve(address)
-    write_part(part(folder, n), sieve(links()))
+    write_part(part(folder, n), sieve(urls.read_list(lists[n])))
     sieve.finish("links", folder, n)
 
 
@@ -202,8 +199,8 @@ def read_pages(n: int, folder: Path, warcs: Sequence[Path], language: str | None
 
     def pages():
         seen = Counter()  # pages of one address; their order in the file does not matter
-        for record in crawl.read_pages(warcs[n]):
-            yield {"id": crawl.identity(f"{record['url']} {warcs[n].name} {seen[record['url']]}"), **record}
+        for record, problem in crawl.read_pages(warcs[n]):
+            yield {"id": crawl.identity(f"{record['url']} {warcs[n].name} {seen[record['url']]}"), **record}, problem
             seen[record["url"]] += 1
 
     def address(record):
@@ -377,7 +374,9 @@ class Run:
         stamp = folder / "made.json"
         if not (stamp.exists() and json.loads(stamp.read_text())["hash"] == self.before):
             if name == "pages" and any(folder.glob("part-*.warc.gz")):
-                raise CorpusError(f"{folder} has the pages of other URLs; take another folder, or remove this one")
+                raise CorpusError(
+                    f"{folder} has the pages of other URLs or another version; take another folder, or remove this one"
+                )
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             _write_json(stamp, {"hash": self.before, "made": made})

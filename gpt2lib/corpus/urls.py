@@ -118,11 +118,12 @@ def check(url: str, domains: Collection[str] = BLOCKED_DOMAINS, types: Collectio
     return url
 
 
-def read_list(path: Path) -> Iterator[tuple[str, int | None]]:
-    """The (URL, score) of a list: one a line, or Reddit's submissions as Pushshift has them, one JSON object a line.
+def read_list(path: Path) -> Iterator[tuple[dict, Failed | None]]:
+    """The links of a list: one a line, or Reddit's submissions as Pushshift has them, one JSON object a line.
 
-    The files may be packed: .gz, .bz2, .xz, .zst. The score is None where the list has none; a submission without a
-    link of its own has the URL "". CorpusError, with file and line, for what cannot be read.
+    A link has its `url`, "" for a submission without one of its own, and its `score`, None where the list has none. It
+    comes with None, or with the Failed that says why its line cannot be read; `url` is that line then. The files may be
+    packed: .gz, .bz2, .xz, .zst. CorpusError, with file and line, for one that cannot be read.
     """
     number = 0
     try:
@@ -130,19 +131,30 @@ def read_list(path: Path) -> Iterator[tuple[str, int | None]]:
             for number, line in enumerate(lines, 1):  # noqa: B007, said in the error
                 line = line.strip()
                 if line.startswith("{"):
-                    record = json.loads(line)
-                    link = "" if record.get("is_self") else record.get("url") or ""
-                    yield str(link), record.get("score")
+                    yield _submission(line)
                 elif line:
-                    yield line, None
-    except (OSError, EOFError, lzma.LZMAError, ValueError) as error:
+                    yield {"url": line, "score": None}, None
+    except Exception as error:  # each way of packing has its own
         raise CorpusError(f"{path}, after line {number}: this list of URLs cannot be read ({error})") from error
+
+
+def _submission(line: str) -> tuple[dict, Failed | None]:
+    problem = "not JSON"
+    try:
+        record = json.loads(line)
+        link, score = "" if record.get("is_self") else record.get("url") or "", record.get("score")
+        problem = "a score that is no number"
+        return {"url": str(link), "score": None if score is None else int(score)}, None
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        return {"url": line[:500], "score": None}, Failed(problem)
 
 
 def _opened(path: Path):
     if path.suffix == ".zst":
         import zstandard
 
-        packed = zstandard.ZstdDecompressor(max_window_size=2**31).stream_reader(path.open("rb"), closefd=True)
+        packed = zstandard.ZstdDecompressor(max_window_size=2**31).stream_reader(
+            path.open("rb"), read_across_frames=True, closefd=True
+        )
         return io.TextIOWrapper(packed, encoding="utf-8", errors="replace")
     return _OPEN.get(path.suffix, open)(path, "rt", encoding="utf-8", errors="replace")
