@@ -13,25 +13,29 @@ WIKITEXT = " \n = One = \n \n A line , of words . \n = = Part = = \n Three @-@ f
 
 
 @pytest.mark.parametrize(
-    ("name", "file", "documents", "words", "tokens", "published"),
+    ("name", "file", "documents", "words", "tokens", "published", "ratios"),
     [
-        ("wikitext2", "wikitext-2.test.tokens", 62, 245_569, 281_259, 295_877),
-        ("wikitext2", "wikitext-2.test.raw", 62, 245_569, 274_112, 286_221),
-        ("wikitext103", "wikitext-103.test.tokens", 62, 245_569, 272_365, 285_234),
-        ("ptb", "ptb.test.txt", 95, 82_430, 100_650, 105_243),
-        ("1bw", "1bw.heldout-00000.txt", 6_075, 159_658, 176_245, 178_483),
-        ("webtext", "webtext.test/webtext.test.split.0.jsonl", 1_002, 83_014, 114_027, 114_027),
+        ("wikitext2", "wikitext-2.test.tokens", 62, 245_569, 281_259, 295_877, (1.145, 1.205)),
+        ("wikitext2", "wikitext-2.test.raw", 62, 245_569, 274_112, 286_221, (1.116, 1.166)),
+        ("wikitext103", "wikitext-103.test.tokens", 62, 245_569, 272_365, 285_234, (1.109, 1.162)),
+        ("ptb", "ptb.test.txt", 95, 82_430, 100_650, 105_243, (1.221, 1.277)),
+        ("1bw", "1bw.heldout-00000.txt", 6_075, 159_658, 176_245, 178_483, (1.104, 1.118)),
+        ("webtext", "webtext.test/webtext.test.split.0.jsonl", 1_002, 83_014, 114_027, 114_027, (1.374, 1.374)),
     ],
 )
-def test_real_files(name, file, documents, words, tokens, published):
-    """Words as in the papers of the benchmarks; GPT-2's tokens after the de-tokenizer, and of the file as it is."""
+def test_real_files(name, file, documents, words, tokens, published, ratios):
+    """Words as in the papers of the benchmarks; GPT-2's tokens after the de-tokenizer, and of the file as it is.
+
+    Tokens per word are the exponent between the perplexities by token and by word.
+    """
     if not EVALDATA.exists():
         pytest.skip("the evaluation texts are not here")
     encode = Tokenizer.gpt2(EVALDATA / "bpe").encode
-    for detokenized, expected in ((True, tokens), (False, published)):
+    for detokenized, expected, ratio in ((True, tokens, ratios[0]), (False, published, ratios[1])):
         text = read(name, EVALDATA / file, detokenized)
         assert (len(text.documents), sum(text.words)) == (documents, words)
         assert sum(len(encode(document)) for document in text.documents) == expected
+        assert round(expected / sum(text.words), 3) == ratio
         if text.joined:  # documents end where tokens do
             assert len(encode("".join(text.documents))) == expected
         if not detokenized and name != "webtext":
