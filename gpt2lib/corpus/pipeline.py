@@ -401,15 +401,18 @@ class Run:
         """`work(n, folder=folder)` for each number, on Beam."""
         errors = folder / "errors.json"
         errors.unlink(missing_ok=True)
-        with self.pipeline() as pipeline:
-            made = pipeline | beam.Create(list(numbers)) | EachPart(functools.partial(work, folder=folder))
+        numbers = list(numbers)
+        with self.pipeline(len(numbers)) as pipeline:
+            made = pipeline | beam.Create(numbers) | EachPart(functools.partial(work, folder=folder))
             wrong = made | beam.Filter(lambda item: item[1] is not None) | beam.combiners.ToList()
             wrong | beam.Map(lambda items, path: _write_json(path, sorted(items)), errors)
         if found := json.loads(errors.read_text()):
             raise CorpusError(found[0][1])
 
-    def pipeline(self) -> beam.Pipeline:
-        return beam.Pipeline(options=PipelineOptions(self.options))
+    def pipeline(self, parts: int) -> beam.Pipeline:
+        """For so many parts: one is worked on in this process, which is done before others would have started."""
+        alone = parts == 1 and self.options == list(LOCAL)
+        return beam.Pipeline(options=PipelineOptions(LOCAL[:1] if alone else self.options))
 
     @contextlib.contextmanager
     def _watched(self, name: str, folder: Path, n: int):
@@ -521,7 +524,7 @@ def run(
         parts = parts or max(PARTS, this.funnel[-1]["left"] // _URLS)
 
         def unique(folder, _):
-            with this.pipeline() as pipeline:
+            with this.pipeline(len(lists)) as pipeline:
                 grouped = pipeline | beam.Create(range(len(lists))) | Links(links, parts)
                 grouped | beam.MapTuple(functools.partial(_write_links, folder=folder))
 
@@ -544,7 +547,7 @@ def run(
 
     def compare(folder, missing):
         if not (folder / "same.json").exists():
-            with this.pipeline() as pipeline:
+            with this.pipeline(n) as pipeline:
                 edges = pipeline | beam.Create(range(n)) | Same(texts) | beam.combiners.ToList()
                 edges | beam.Map(_write_same, folder, n)
         this.each(folder, missing, functools.partial(leave_out, source=texts))
