@@ -24,6 +24,7 @@ import pytest
 for package in ("apache_beam", "aiohttp", "protego", "trafilatura", "warcio", "zstandard"):
     pytest.importorskip(package)
 
+import trafilatura  # noqa: E402
 import zstandard  # noqa: E402
 from warcio.statusandheaders import StatusAndHeaders  # noqa: E402
 from warcio.warcwriter import WARCWriter  # noqa: E402
@@ -78,7 +79,8 @@ def page(sentences: list[str], head: str = "") -> str:
 
 # --- the web ----------------------------------------------------------------------------------------------------------
 
-SITES, ARTICLES = 12, 25  # 127.0.1.1 to 127.0.1.12, /a/0 to /a/24
+SITES, ARTICLES = 12, 16  # 127.0.1.1 to 127.0.1.12, /a/0 to /a/15
+PATIENT = 40  # 127.0.1.40 asks for more of it
 GERMAN = ["Der Garten hinter dem Haus ist im Winter leer, und die Leute gehen nicht hin, weil es zu kalt ist."] * 2 + [
     f"Im Jahr {year} kamen die Menschen aus dem Dorf in die Stadt, um dort Arbeit und eine Wohnung zu finden."
     for year in range(1900, 1920)
@@ -86,6 +88,8 @@ GERMAN = ["Der Garten hinter dem Haus ist im Winter leer, und die Leute gehen ni
 LATIN = [
     s.replace("garden", "caf\u00e9").replace("river", "Z\u00fcrich").replace("The", "Na\u00efve") for s in article(7001)
 ]
+SAID = [s.replace("winter", "gar\u00e7on").replace("village", "\u00cele") for s in article(7007)]
+BOMB = gzip.compress(b"x" * 30_000_000)
 # Where servers send a crawler that should not go there, and why it does not.
 ELSEWHERE = {
     "http://[bad": "malformed address",
@@ -120,6 +124,8 @@ def answer(site: int, path: str) -> tuple[int, dict, bytes]:
         "odd": lambda: article(7005),
         "once": lambda: article(7006),
     }
+    if kind == "robots.txt" and site == PATIENT:
+        return 200, {"Content-Type": "text/plain"}, b"User-agent: *\nCrawl-delay: 0.4\n"
     if kind == "robots.txt" and site > SITES:
         return 302, {"Location": list(ELSEWHERE)[site - SITES - 1]}, b""
     if kind == "robots.txt":
@@ -134,8 +140,9 @@ def answer(site: int, path: str) -> tuple[int, dict, bytes]:
         "moved": (301, {"Location": f"/a/{rest}"}, b""),
         "loop": (302, {"Location": "/loop/1" if rest == "0" else "/loop/0"}, b""),
         "to": (302, {"Location": list(ELSEWHERE)[int(rest) if kind == "to" else 0]}, b""),
-        "bomb": (200, {**html, "Content-Encoding": "gzip"}, gzip.compress(b"x" * 30_000_000)),
+        "bomb": (200, {**html, "Content-Encoding": "gzip"}, BOMB),
         "latin": (200, html, page(LATIN, '<meta charset="iso-8859-1">').encode("iso-8859-1")),  # which is not utf-8
+        "said": (200, {"Content-Type": "text/html; charset=iso-8859-1"}, page(SAID).encode("iso-8859-1")),
         "empty": (200, html, b""),
         "broken": (503, html, b""),
         "picture": (200, {"Content-Type": "image/png"}, b"\x89PNG"),
@@ -144,8 +151,8 @@ def answer(site: int, path: str) -> tuple[int, dict, bytes]:
 
 @pytest.fixture(scope="module")
 def web():
-    """The port of the web, and what was asked of it: the requests, and how many of one host overlapped."""
-    seen, inside, lock = {"requests": [], "overlaps": 0}, {}, threading.Lock()
+    """The port of the web, and what was asked of it: the requests, when, and how many of one host overlapped."""
+    seen, inside, lock = {"requests": [], "times": [], "overlaps": 0}, {}, threading.Lock()
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -157,10 +164,11 @@ def web():
                 inside[host] = inside.get(host, 0) + (not slow)
                 seen["overlaps"] += inside[host] > 1
                 seen["requests"].append((host, self.path))
+                seen["times"].append(time.monotonic())
             try:
                 status, headers, body = answer(int(host.rpartition(".")[2]), self.path)
                 if self.path.startswith("/once") and seen["requests"].count((host, self.path)) == 1:
-                    status, headers, body = 503, {}, b""
+                    status, headers, body = 503, {"Retry-After": "3600"} if "later" in self.path else {}, b""
                 with lock:
                     inside[host] -= not slow
                 self.send_response(status)
@@ -204,7 +212,7 @@ def addresses(port: int) -> list[str]:
     out += [at(6, f"/near/{i}") for i in range(5, 13)]
     out += [at(1, f"/{kind}/0") for kind in ("loop", "slow", "huge", "bomb")]
     out += [at(10, f"/to/{i}") for i in range(len(ELSEWHERE))] + [at(SITES + i, "/a/0") for i in (1, 8)]
-    out += [at(6, "/odd/0"), at(6, "/once/0")]
+    out += [at(6, "/odd/0"), at(6, "/once/0"), at(8, "/said/0")]
     out += [at(7, f"/{kind}/0") for kind in ("latin", "german", "short", "again", "empty", "broken", "picture")]
     out += [at(8, "/private/0"), at(8, "/evaluation/0"), at(9, "/none/0"), at(9, "/none/1")]
     out += ["http://10.0.0.1/", "http://169.254.169.254/latest/meta-data", "http://[::1]/"]
@@ -236,18 +244,16 @@ FUNNEL = {
 }  # fmt: skip
 
 
+ONE = ("--runner=DirectRunner",)  # worker, in this process
+THREE = (*ONE, "--direct_running_mode=multi_threading", "--direct_num_workers=3")
+EVALUATIONS = {"invented": [" ".join(EVALUATION)], "other": [" ".join(EVALUATION[::-1]).replace("same", "other")]}
+
+
 def crawled(folder, port, **options):
     folder.mkdir(exist_ok=True)
     (folder / "urls.txt").write_text("\n".join(addresses(port)) + "\n")
-    evaluations = {
-        "invented": [" ".join(EVALUATION)],
-        "other": [" ".join(reversed(EVALUATION)).replace("same", "other")],
-    }
-    options = {"options": ["--runner=DirectRunner"], "parts": 4, **options}
-    lists = [folder / "urls.txt"]
-    return pipeline.run(
-        folder / "run", lists=lists, manners=MANNERS, progress=False, evaluations=evaluations, **options
-    )
+    options = {"options": ONE, "parts": 4, "evaluations": EVALUATIONS, "progress": False, **options}
+    return pipeline.run(folder / "run", lists=[folder / "urls.txt"], manners=MANNERS, **options)
 
 
 @pytest.fixture(scope="module")
@@ -267,8 +273,9 @@ def test_from_urls_to_clean_text(web, result):
         assert (row["stage"], row["dropped"], row["dead"]) == (name, dropped, dead)
         assert row["entered"] == row["left"] + sum(dropped.values()) + sum(dead.values())
     texts = list(files.documents(result["texts"]))
-    assert len(texts) == result["funnel"][-1]["left"] == (SITES - 1) * ARTICLES + 3
-    assert any("caf\u00e9" in text and "Z\u00fcrich" in text for text in texts)
+    assert len(texts) == result["funnel"][-1]["left"] == (SITES - 1) * ARTICLES + 4
+    for words in (("caf\u00e9", "Z\u00fcrich"), ("gar\u00e7on", "\u00cele")):
+        assert any(all(word in text for word in words) for text in texts)
     assert not any("Section" in text or "Copyright" in text for text in texts)
     assert not seen["overlaps"], "one connection to a host at a time"
     assert not any(path.startswith("/private") for _, path in seen["requests"])
@@ -290,8 +297,8 @@ def test_a_second_run_asks_for_nothing(web, result):
 
 def written(folder) -> dict[str, bytes]:
     """What the stages after fetching wrote, without their names' numbers."""
-    kinds = ("part-*.jsonl.gz", "part-*.dead.gz", "part-*[0-9].json", "part-*.same.gz")
-    names = ("texts", "unique")
+    kinds = ("part-*.jsonl.gz", "part-*.dead.gz", "part-*[0-9].json", "part-*.same.gz", "part-*.npz")
+    names = ("texts", "unique", "clean")
     paths = [path for name in names for kind in kinds for path in folder.glob(f"*-{name}/{kind}")]
     return {f"{path.parent.name[2:]}/{path.name}": path.read_bytes() for path in paths}
 
@@ -301,36 +308,49 @@ def warcs(result):
 
 
 def test_the_number_of_workers_changes_nothing(result, tmp_path, capfd):
-    pipeline.run(tmp_path / "two", warcs=warcs(result), progress=False)  # a process for each core
-    assert written(tmp_path / "two") == written(result["folder"])
-    assert capfd.readouterr() == ("", ""), "what Beam has to say is in a file"
+    """One made the result; here are a process for each core, and three threads."""
+    assert {name.partition("/")[0] for name in written(result["folder"])} == {"texts", "unique", "clean"}
+    for name, options in (("processes", pipeline.LOCAL), ("three", THREE)):
+        pipeline.run(tmp_path / name, warcs=warcs(result), evaluations=EVALUATIONS, progress=False, options=options)
+        assert written(tmp_path / name) == written(result["folder"])
+        assert capfd.readouterr() == ("", ""), "what Beam has to say is in a file"
 
 
-def test_killed_runs_go_on(result, tmp_path):
-    """SIGKILL at random moments, until a run ends by itself."""
+def test_killed_runs_go_on(web, result, tmp_path):
+    """SIGKILL at random moments of fetching and later, until a run ends by itself: the same pages, the same texts."""
     program = (
-        "import sys; from gpt2lib.corpus import pipeline; pipeline.run(sys.argv[1], warcs=sys.argv[2:], progress=False)"
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import test_web as t;"
+        "t.crawled(Path(sys.argv[2]), int(sys.argv[3]), options=sys.argv[4:])"
     )
-    command = [sys.executable, "-c", program, str(tmp_path / "run"), *map(str, warcs(result))]
-    pick, kills = random.Random(3), 0
-    for limit in [pick.uniform(2, 7) for _ in range(3)] + [300]:
-        child = subprocess.Popen(command, env={**os.environ, "KERAS_BACKEND": "jax"})
+    command = [sys.executable, "-c", program, str(ROOT / "tests"), str(tmp_path), str(web[0])]
+    pick, kills, run = random.Random(3), 0, tmp_path / "run"
+    moments = ((pipeline.LOCAL, "3-pages", 8), (ONE, "3-pages", 4), (ONE, "4-texts", 4), (ONE, "never", 0))
+    for options, stage, most in moments:
+        child = subprocess.Popen([*command, *options], env={**os.environ, "KERAS_BACKEND": "jax"})
+        while child.poll() is None and not (run / stage).exists():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(0.05)
         try:
-            assert child.wait(limit) == 0
+            assert child.wait(pick.uniform(0, most)) == 0
             break
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
             kills += 1
-    assert kills and written(tmp_path / "run") == written(result["folder"])
-    assert not list((tmp_path / "run").rglob(".*.part"))
+    assert kills and written(run) == written(result["folder"])
+    assert not list(run.rglob(".*.part"))
+
+    def pages(folder):
+        found = [record for path in sorted(folder.glob("3-pages/*.warc.gz")) for record, _ in crawl.read_warc(path)]
+        return sorted((record["url"], record["html"]) for record in found)
+
+    assert pages(run) == pages(result["folder"])
 
 
 def test_other_parameters_make_it_anew(result, tmp_path):
-    first = pipeline.run(tmp_path / "run", warcs=warcs(result), progress=False, options=["--runner=DirectRunner"])
-    other = pipeline.run(
-        tmp_path / "run", warcs=warcs(result), progress=False, options=["--runner=DirectRunner"], language=None
-    )
+    german = [path for path in warcs(result) if any("/german/" in r["url"] for r, _ in crawl.read_warc(path))]
+    first = pipeline.run(tmp_path / "run", warcs=german, progress=False, options=ONE)
+    other = pipeline.run(tmp_path / "run", warcs=german, progress=False, options=ONE, language=None)
     assert first["funnel"][0]["dropped"]["another language"] == 1
     assert "another language" not in other["funnel"][0]["dropped"]
 
@@ -339,7 +359,9 @@ def test_what_was_fetched_is_not_removed(web, result, tmp_path):
     port, seen = web
     copy = shutil.copytree(result["folder"].parent, tmp_path / "copy")
     before = len(seen["requests"])
-    with pytest.raises(CorpusError, match=r"3-pages has the pages of other URLs; take another folder"):
+    with pytest.raises(
+        CorpusError, match=r"3-pages has the pages of other URLs or another version; take another folder"
+    ):
         crawled(copy, port, parts=5)
     assert len(list((copy / "run" / "3-pages").glob("*.warc.gz"))) == 4 and len(seen["requests"]) == before
 
@@ -350,9 +372,7 @@ def test_a_corpus_of_it(result, tmp_path):
 
 
 def test_docstrings_go_through_the_same(tmp_path):
-    result = pipeline.run(
-        tmp_path, source="docstrings", packages=["numpy"], progress=False, options=["--runner=DirectRunner"]
-    )
+    result = pipeline.run(tmp_path, source="docstrings", packages=["numpy"], progress=False, options=ONE)
     texts, unique = result["funnel"]
     assert texts["entered"] > 500 and texts["dropped"]["too short"] > 0 and unique["dropped"]["near duplicate"] > 0
     left = list(files.documents(result["texts"]))
@@ -463,6 +483,28 @@ def test_a_name_that_leads_inside(web, monkeypatch):
     assert reasons == [repr(Refused("private address"))] * 3
     assert [type(page) for page in found.values()] == [crawl.Page]
     assert seen["requests"][before:] == [("127.0.1.3", "/robots.txt"), ("127.0.1.3", "/a/1")]
+
+
+def test_a_guest_waits(web, monkeypatch):
+    """Between two requests to a host, and longer where its robots.txt or an answer asks for it, but not for an hour."""
+    port, seen = web
+    before = len(seen["requests"])
+
+    def gaps(site):
+        asked = zip(seen["requests"][before:], seen["times"][before:], strict=True)
+        return np.diff([moment for (host, _), moment in asked if host == f"127.0.1.{site}"])
+
+    found = {}
+    listed = [f"http://127.0.1.{site}:{port}/a/{i}" for site in (1, PATIENT) for i in range(3)]
+    crawl.crawl(listed, dataclasses.replace(MANNERS, pause=0.2), found.__setitem__)
+    assert {type(page) for page in found.values()} == {crawl.Page}
+    for site, least in ((1, 0.2), (PATIENT, 0.4)):
+        assert len(gaps(site)) == 3 and gaps(site).min() > least - 0.001  # a clock's resolution
+    monkeypatch.setattr(crawl, "_LONGEST_PAUSE", 0.5)
+    later = f"http://127.0.1.3:{port}/once/later"
+    crawl.crawl([later], MANNERS, found.__setitem__)
+    assert isinstance(found[later], crawl.Page)
+    assert len(gaps(3)) == 2 and gaps(3)[1] > 0.499
 
 
 def test_what_no_list_should_hold():
@@ -608,6 +650,29 @@ def test_a_page_is_read_as_it_declares(head, encoding):
         assert found.count(word) > 20 and "\ufffd" not in found
 
 
+@pytest.mark.parametrize("head", ["", '<meta charset="no-such-thing">', '<meta charset="utf-8">'])
+def test_a_page_that_does_not_say_is_read_as_its_server_says(head, tmp_path):
+    """If that is an encoding; else it is left to be guessed."""
+    html = page([s.replace("winter", "z\u0142oty") for s in article(3)], head).encode("iso-8859-2")
+    with (tmp_path / "a.warc.gz").open("wb") as file:
+        warc = crawl.WarcFile(file)
+        for i, charset in enumerate(("; charset=iso-8859-2", '; a=b; Charset="Latin2"', ";charset=undefined", "")):
+            headers = [("Content-Type", f"text/html{charset}")]
+            warc.add(f"http://a.example/{i}", crawl.Page(f"http://a.example/{i}", headers, html))
+    records = [record for record, _ in crawl.read_warc(tmp_path / "a.warc.gz")]
+    found = [text.decoded(record["html"], record["charset"]) for record in records]
+    assert [type(html) for html in found] == [str, str, bytes, bytes]
+    texts = list(map(text.extract, records))
+    assert all(got.keys() == {"url", "text"} for got in texts)
+    assert all("z\u0142oty" in got["text"] for got in texts[:2])
+
+
+def test_where_no_main_text_is_found_paragraphs_are_taken():
+    html = f'<html><body><div class="comments"><p>{" ".join(article(3, 5))}</p></div></body></html>'
+    assert not trafilatura.extract(html, include_comments=False, include_tables=False)
+    assert text.extract({"url": "", "html": html.encode()})["text"] == " ".join(article(3, 5))
+
+
 def test_encodings_are_put_right():
     broken = "na\u00efve caf\u00e9 \u2014 quoted".encode().decode("cp1252")
     assert text.fix({"text": f"{broken}  \r\nx\x07"}) == {"text": "na\u00efve caf\u00e9 \u2014 quoted\nx"}
@@ -701,9 +766,7 @@ def test_answers_of_a_warc_file_that_are_no_pages(tmp_path):
                 url, "response", io.BytesIO(body.encode()), len(body), http_headers=http_
             )
             writer.write_record(record)
-    found = pipeline.run(
-        tmp_path / "run", warcs=[tmp_path / "foreign.warc.gz"], progress=False, options=["--runner=DirectRunner"]
-    )
+    found = pipeline.run(tmp_path / "run", warcs=[tmp_path / "foreign.warc.gz"], progress=False, options=ONE)
     texts = found["funnel"][0]
     assert (texts["entered"], texts["left"], texts["dead"]) == (len(answers), 1, {})
     assert texts["dropped"] == {"status 404": 1, "status 301": 1, "not HTML": 2, "without a status": 2}
@@ -720,7 +783,7 @@ def test_saved_pages_say_their_address(tmp_path):
     (saved / "d.html").write_text(page(article(4)))
     (saved / "e.html").write_bytes(b"")
     (saved / "style.css").write_text("p {}")
-    found = pipeline.run(tmp_path / "run", warcs=[saved], progress=False, options=["--runner=DirectRunner"])
+    found = pipeline.run(tmp_path / "run", warcs=[saved], progress=False, options=ONE)
     texts = found["funnel"][0]
     assert (texts["entered"], texts["left"]) == (5, 2)
     assert texts["dropped"] == {"blocked domain": 1, "without an address": 2}
@@ -733,7 +796,7 @@ def test_saved_pages_say_their_address(tmp_path):
 
 
 def test_bad_input_is_one_sentence(result, tmp_path):
-    local = {"progress": False, "options": ["--runner=DirectRunner"]}
+    local = {"progress": False, "options": ONE}
     with pytest.raises(CorpusError, match="give one of lists"):
         pipeline.run(tmp_path / "a", **local)
     with pytest.raises(CorpusError, match=r"the file .*nowhere\.txt does not exist"):

@@ -30,11 +30,12 @@ from gpt2lib.corpus.urls import Failed, Refused
 from gpt2lib.data import CorpusError
 
 HTML = ("text/html", "application/xhtml+xml")
+_CHARSET = re.compile(r"""\bcharset\s*=\s*["']?([\w.:-]+)""", re.IGNORECASE | re.ASCII)
 _ROBOTS_BYTES = 500 * 1024  # RFC 9309, section 2.5
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _GIVEN_OUT = ipaddress.ip_network("2000::/3")  # all of IPv6 that is (IANA, Global Unicast Address Space)
 _SPECIAL = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "3fff::/20")))  # RFC 6890 and 9637; unknown to Python 3.11
-_LONGEST_PAUSE = 60.0  # s, of those that a robots.txt asks for
+_LONGEST_PAUSE = 60.0  # s, of those that a robots.txt or an answer asks for
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,11 @@ class Manners:
 
 
 class _Again(Failed):
-    """The same, where another try may help."""
+    """The same, where another try may help, `after` seconds at least."""
+
+    def __init__(self, reason: str, after: float = 0.0):
+        super().__init__(reason)
+        self.after = after
 
 
 @dataclass(frozen=True)
@@ -141,10 +146,10 @@ class Crawler:
         for attempt in range(1, self.manners.tries + 1):
             try:
                 return await ask()
-            except _Again:
+            except _Again as error:
                 if attempt == self.manners.tries:
                     raise
-                await asyncio.sleep(self.manners.pause * 2**attempt)
+                await asyncio.sleep(max(self.manners.pause * 2**attempt, error.after))
 
     async def _ask(self, url: str) -> Page | str:
         """A page, or where it has gone."""
@@ -156,7 +161,7 @@ class Crawler:
             if 300 <= answer.status < 400 and "Location" in answer.headers:
                 return answer.headers["Location"]
             if answer.status == 429 or answer.status >= 500:
-                raise _Again(f"status {answer.status}")
+                raise _busy(answer)
             if answer.status != 200:
                 raise Refused(f"status {answer.status}")
             if answer.content_type not in HTML:
@@ -195,7 +200,7 @@ class Crawler:
             if 300 <= answer.status < 400 and "Location" in answer.headers:
                 return answer.headers["Location"]
             if answer.status == 429 or answer.status >= 500:
-                raise _Again(f"status {answer.status}")
+                raise _busy(answer)
             return await self._read(answer, _ROBOTS_BYTES) if answer.status == 200 else b""
 
     async def _read(self, answer, most: int) -> bytes:
@@ -229,6 +234,11 @@ class Crawler:
                 raise _Again(f"connection: {type(error).__name__}") from None
             finally:
                 self.last[name] = clock()
+
+
+def _busy(answer: aiohttp.ClientResponse) -> _Again:
+    after = answer.headers.get("Retry-After", "")  # seconds; dates are left alone
+    return _Again(f"status {answer.status}", min(float(after), _LONGEST_PAUSE) if after.isdecimal() else 0.0)
 
 
 def _is_address(name: str) -> bool:
@@ -293,7 +303,8 @@ class WarcFile:
 def read_warc(path: Path | str) -> Iterator[tuple[dict, Refused | None]]:
     """The answers in a WARC file, each with None, or with the Refused that says why it is no HTML page.
 
-    A record has its `url`, a page also `html` (bytes). CorpusError for a file that cannot be read.
+    A record has its `url`, a page also `html` (bytes) and the `charset` that its server told, or None. CorpusError for
+    a file that cannot be read.
     """
     try:
         with open(path, "rb") as stream:
@@ -304,7 +315,9 @@ def read_warc(path: Path | str) -> Iterator[tuple[dict, Refused | None]]:
                 status = http.get_statuscode() if http is not None else ""
                 if status != "200":
                     yield found, Refused(f"status {status}" if re.fullmatch("[0-9]{3}", status) else "without a status")
-                elif (http.get_header("Content-Type") or "").partition(";")[0].strip().lower() not in HTML:
+                    continue
+                kind, _, parameters = (http.get_header("Content-Type") or "").partition(";")
+                if kind.strip().lower() not in HTML:
                     yield found, Refused("not HTML")
                 else:
                     html = record.content_stream().read()
@@ -312,7 +325,8 @@ def read_warc(path: Path | str) -> Iterator[tuple[dict, Refused | None]]:
                         pass
                     if getattr(record.raw_stream, "limit", 0):
                         raise CorpusError(f"{path} is cut off in the middle of a page; fetch it again")
-                    yield {**found, "html": html}, None
+                    charset = _CHARSET.search(parameters)
+                    yield {**found, "html": html, "charset": charset and charset[1]}, None
     except (ArchiveLoadFailed, OSError, EOFError) as error:
         raise CorpusError(f"{path} is not a WARC file that can be read: {error}") from error
 

@@ -1,6 +1,6 @@
 """From a page to its text, or the reason why it has none: each step takes a record and gives it on, or raises Refused.
 
-A record is a dict: `id` and `url`, then `html` (bytes) or `text`.
+A record is a dict: `id` and `url`, then `html` (bytes), with the `charset` that its server told or without, or `text`.
 """
 
 import contextlib
@@ -36,9 +36,9 @@ _XML = re.compile(r"^\s*<\?xml[^>]*>")
 def extract(record: dict) -> dict:
     """The main text of an HTML page, without menus, comments and tables; where trafilatura finds none, its paragraphs.
 
-    The encoding is taken from the page itself, since servers are often wrong about it.
+    The encoding is taken from the page itself if it can be, since servers are often wrong about it.
     """
-    html = decoded(record["html"])
+    html = decoded(record["html"], record.get("charset"))
     tree = trafilatura.load_html(html)
     if tree is None:
         raise Refused("no HTML")
@@ -47,17 +47,18 @@ def extract(record: dict) -> dict:
         text = trafilatura.baseline(html)[1]
     if not text:
         raise Refused("no text")
-    return {**{k: v for k, v in record.items() if k != "html"}, "text": text}
+    return {**{k: v for k, v in record.items() if k not in ("html", "charset")}, "text": text}
 
 
-def decoded(html: bytes) -> str | bytes:
-    """A page as UTF-8 if it is that, else as it declares; if neither, its bytes, whose encoding trafilatura guesses.
+def decoded(html: bytes, charset: str | None = None) -> str | bytes:
+    """A page as UTF-8 if it is that, else as it declares, else in its server's `charset`.
 
-    What it guesses depends on the detectors that are installed beside it.
+    If it is none of these, its bytes, whose encoding trafilatura guesses: what it does depends on the detectors that are
+    installed beside it.
     """
     declared = _CHARSET.search(html[:2048])
-    for encoding in ("utf-8-sig", declared and declared[1].decode("ascii")):
-        with contextlib.suppress(LookupError, UnicodeDecodeError):
+    for encoding in ("utf-8-sig", declared and declared[1].decode("ascii"), charset):
+        with contextlib.suppress(LookupError, UnicodeError):
             if encoding:
                 return _XML.sub("", html.decode(encoding), count=1)  # lxml refuses text that declares an encoding
     return html
