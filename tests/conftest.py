@@ -1,6 +1,7 @@
 """What all tests share: a quiet start, the golden values, and how far two arrays are apart."""
 
 import atexit
+import json
 import os
 import shutil
 import tempfile
@@ -31,6 +32,32 @@ def golden() -> Path:
 def shared_golden() -> Path:
     """The folder of recorded values that are too large to be kept here; tests skip where it is absent."""
     return ROOT.parent / "shared" / "golden"
+
+
+@pytest.fixture(scope="session")
+def learnt():
+    """(model, tokenizer, stories) after a few steps: it guesses some words, and stories are longer than its context."""
+    import keras
+
+    from gpt2lib.config import ModelConfig
+    from gpt2lib.model import GPT2
+    from gpt2lib.tokenizer import Tokenizer
+
+    lines = (ROOT / "tests" / "corpus" / "stories.jsonl").read_text().splitlines()
+    stories = [json.loads(line)["text"] for line in lines]
+    tokenizer, n_ctx = Tokenizer.train(stories, 400), 24
+    model = GPT2(ModelConfig(400, n_ctx, 32, 2, 2, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0))
+    ids = np.array([i for story in stories for i in [tokenizer.end_of_text, *tokenizer.encode(story)]], np.int32)
+    starts = np.random.default_rng(0).integers(0, len(ids) - n_ctx - 1, (150, 16))
+    model.compile(
+        optimizer=keras.optimizers.AdamW(3e-3), loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    )
+    losses = []
+    for some in starts:
+        windows = ids[some[:, None] + np.arange(n_ctx + 1)]
+        losses.append(float(model.train_on_batch(windows[:, :-1], windows[:, 1:])))
+    assert losses[-1] < losses[0] - 1, "it learnt nothing"
+    return model, tokenizer, stories
 
 
 def relative_error(a, b) -> float:

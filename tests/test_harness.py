@@ -9,27 +9,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-import keras
-import numpy as np
 import pytest
 
 from gpt2lib.checkpoint import save_huggingface
-from gpt2lib.config import ModelConfig
 from gpt2lib.evaluate.perplexity import perplexity
 from gpt2lib.evaluate.score import Scorer
 from gpt2lib.evaluate.tasks import guess, read_lambada
 from gpt2lib.evaluate.texts import Text
-from gpt2lib.model import GPT2
-from gpt2lib.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.skipif(
     not (importlib.util.find_spec("lm_eval") and importlib.util.find_spec("torch")),
     reason="the bench extra is not installed",
 )
-STORIES = [
-    json.loads(line)["text"] for line in (Path(__file__).parent / "corpus" / "stories.jsonl").read_text().splitlines()
-]
-N_CTX = 24
 
 # Their tasks, with the functions and templates of the installed package, on files of ours.
 WIKITEXT = """
@@ -67,34 +58,21 @@ print("RESULTS" + json.dumps(found["results"], default=str))
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer.train(STORIES, 400)
+def tokenizer(learnt):
+    return learnt[1]
 
 
 @pytest.fixture(scope="module")
-def model(tokenizer):
-    """One that has learnt enough to guess some words, and more of its text than its context holds."""
-    shape = ModelConfig(400, N_CTX, 32, 2, 2, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
-    model = GPT2(shape)
-    ids = np.array([i for story in STORIES for i in [tokenizer.end_of_text, *tokenizer.encode(story)]], np.int32)
-    starts = np.random.default_rng(0).integers(0, len(ids) - N_CTX - 1, (150, 16))
-    model.compile(
-        optimizer=keras.optimizers.AdamW(3e-3), loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    )
-    losses = []
-    for some in starts:
-        windows = ids[some[:, None] + np.arange(N_CTX + 1)]
-        losses.append(float(model.train_on_batch(windows[:, :-1], windows[:, 1:])))
-    assert losses[-1] < losses[0] - 1, "it learnt nothing"
-    return model
+def model(learnt):
+    return learnt[0]
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
+def files(learnt, tmp_path_factory):
     """A file of each layout: pages as words between blanks, passages."""
-    folder = tmp_path_factory.mktemp("files")
-    pages = [re.sub(r"([.,!?;:])", r" \1", story) + " \n" for story in STORIES[:12]]
-    passages = [" ".join(story.split()[:n]).strip('."!?,') for n, story in enumerate(STORIES[:60], 4)]
+    folder, stories = tmp_path_factory.mktemp("files"), learnt[2]
+    pages = [re.sub(r"([.,!?;:])", r" \1", story) + " \n" for story in stories[:12]]
+    passages = [" ".join(story.split()[:n]).strip('."!?,') for n, story in enumerate(stories[:60], 4)]
     (folder / "pages.jsonl").write_text("".join(json.dumps({"page": page}) + "\n" for page in pages))
     (folder / "lambada.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in passages))
     return folder
@@ -132,7 +110,8 @@ def test_word_perplexity(model, tokenizer, files, theirs):
     words = [len(re.split(r"\s+", page)) for page in pages]
     text = Text("pages", [module.wikitext_detokenizer({"page": page}) for page in pages], words, joined=False)
     lengths = [len(tokenizer.encode(document)) for document in text.documents]
-    assert max(lengths) > 2 * N_CTX and any(n % N_CTX for n in lengths), "windows are not put to the test"
+    n_ctx = model.config.n_ctx
+    assert max(lengths) > 2 * n_ctx and any(n % n_ctx for n in lengths), "windows are not put to the test"
     ours = perplexity(Scorer(model), tokenizer, text, full=True)
     expected = theirs["local_wikitext"]
     assert ours["perplexity"] == pytest.approx(expected["word_perplexity,none"], rel=1e-5)
