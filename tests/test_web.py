@@ -245,6 +245,7 @@ FUNNEL = {
 
 
 ONE = ("--runner=DirectRunner",)  # worker, in this process
+TWO = (*pipeline.LOCAL[:-1], "--direct_num_workers=2")
 THREE = (*ONE, "--direct_running_mode=multi_threading", "--direct_num_workers=3")
 EVALUATIONS = {"invented": [" ".join(EVALUATION)], "other": [" ".join(EVALUATION[::-1]).replace("same", "other")]}
 
@@ -308,12 +309,14 @@ def warcs(result):
 
 
 def test_the_number_of_workers_changes_nothing(result, tmp_path, capfd):
-    """One made the result; here are a process for each core, and three threads."""
-    assert {name.partition("/")[0] for name in written(result["folder"])} == {"texts", "unique", "clean"}
-    for name, options in (("processes", pipeline.LOCAL), ("three", THREE)):
-        pipeline.run(tmp_path / name, warcs=warcs(result), evaluations=EVALUATIONS, progress=False, options=options)
-        assert written(tmp_path / name) == written(result["folder"])
-        assert capfd.readouterr() == ("", ""), "what Beam has to say is in a file"
+    """One made the result; here are three threads, and two processes, of which each stage's start takes seconds."""
+    expected = written(result["folder"])
+    assert {name.partition("/")[0] for name in expected} == {"texts", "unique", "clean"}
+    pipeline.run(tmp_path / "3", warcs=warcs(result), evaluations=EVALUATIONS, progress=False, options=THREE)
+    assert written(tmp_path / "3") == expected
+    pipeline.run(tmp_path / "2", warcs=warcs(result), progress=False, options=TWO)
+    assert written(tmp_path / "2") == {name: made for name, made in expected.items() if not name.startswith("clean/")}
+    assert capfd.readouterr() == ("", ""), "what Beam has to say is in a file"
 
 
 def test_killed_runs_go_on(web, result, tmp_path):
@@ -324,14 +327,13 @@ def test_killed_runs_go_on(web, result, tmp_path):
     )
     command = [sys.executable, "-c", program, str(ROOT / "tests"), str(tmp_path), str(web[0])]
     pick, kills, run = random.Random(3), 0, tmp_path / "run"
-    moments = ((pipeline.LOCAL, "3-pages", 8), (ONE, "3-pages", 4), (ONE, "4-texts", 4), (ONE, "never", 0))
-    for options, stage, most in moments:
+    for options, stage, least, most in (TWO, "3-pages", 3, 6), (THREE, "4-texts", 0, 4), (THREE, "3-pages", 300, 300):
         child = subprocess.Popen([*command, *options], env={**os.environ, "KERAS_BACKEND": "jax"})
         while child.poll() is None and not (run / stage).exists():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(0.05)
         try:
-            assert child.wait(pick.uniform(0, most)) == 0
+            assert child.wait(pick.uniform(least, most)) == 0
             break
         except subprocess.TimeoutExpired:
             child.kill()
@@ -372,9 +374,9 @@ def test_a_corpus_of_it(result, tmp_path):
 
 
 def test_docstrings_go_through_the_same(tmp_path):
-    result = pipeline.run(tmp_path, source="docstrings", packages=["numpy"], progress=False, options=ONE)
+    result = pipeline.run(tmp_path, source="docstrings", packages=["fsspec"], progress=False, options=ONE)
     texts, unique = result["funnel"]
-    assert texts["entered"] > 500 and texts["dropped"]["too short"] > 0 and unique["dropped"]["near duplicate"] > 0
+    assert texts["entered"] > 200 and texts["dropped"]["too short"] > 0 and unique["dropped"]["near duplicate"] > 0
     left = list(files.documents(result["texts"]))
     assert len({duplicates.exact(document) for document in left}) == len(left) == unique["left"]
     assert min(map(len, left)) >= text.MIN_CHARACTERS
@@ -507,11 +509,18 @@ def test_a_guest_waits(web, monkeypatch):
     assert len(gaps(3)) == 2 and gaps(3)[1] > 0.499
 
 
-def test_what_no_list_should_hold():
-    """Also when a crawl is given it as it is."""
-    found = {}
-    crawl.crawl(["http://[bad", "http://\uff11\uff12\uff17.0.0.1/", "http://127.1/"], MANNERS, found.__setitem__)
-    assert list(map(str, found.values())) == ["malformed address", "private address", "malformed address"]
+def test_what_no_list_should_hold(web, monkeypatch):
+    """Also when a crawl is given it as it is, and whatever is taken for canonical: what is reached counts."""
+    port, seen = web
+    hosts = ("[bad", "\uff11\uff12\uff17.0.0.1", "127.0.0.1.", "127.1", "0x7f.1")
+    listed = [f"http://{host}:{port}/a/1" for host in hosts]
+    expected = ["malformed address", "private address", "private address", "malformed address", "malformed address"]
+    found, before = {}, len(seen["requests"])
+    crawl.crawl(listed, MANNERS, lambda url, got: found.update({url: str(got)}))
+    assert [found[url] for url in listed] == expected
+    monkeypatch.setattr(urls, "canonical", lambda url, base="": url)
+    crawl.crawl(listed[1:], MANNERS, lambda url, got: found.update({url: str(got)}))
+    assert [found[url] for url in listed] == expected and len(seen["requests"]) == before
 
 
 def test_an_answer_that_breaks_the_client_is_a_dead_letter(web, tmp_path, monkeypatch):
@@ -846,7 +855,7 @@ def test_the_notebook_shows_what_came_of_a_crawl(tmp_path):
     )
     result = subprocess.run(
         [sys.executable, "-m", "gpt2lib.study", "reports/web"],
-        env={**os.environ, "GPT2LIB_WORKSPACE": str(tmp_path)}, capture_output=True, text=True,
+        env={**os.environ, "GPT2LIB_WORKSPACE": str(tmp_path), "KERAS_BACKEND": "jax"}, capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     numbers = json.loads((study / "01_data.json").read_text())["numbers"]

@@ -53,8 +53,7 @@ def extract(record: dict) -> dict:
 def decoded(html: bytes, charset: str | None = None) -> str | bytes:
     """A page as UTF-8 if it is that, else as it declares, else in its server's `charset`.
 
-    If it is none of these, its bytes, whose encoding trafilatura guesses: what it does depends on the detectors that are
-    installed beside it.
+    If it is none of these, its bytes: trafilatura guesses their encoding, with the detectors installed beside it.
     """
     declared = _CHARSET.search(html[:2048])
     for encoding in ("utf-8-sig", declared and declared[1].decode("ascii"), charset):
