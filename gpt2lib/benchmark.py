@@ -435,7 +435,8 @@ def corpus_datatrove(warcs, vocabulary):
             removed = MinhashDedupFilter(f"{folder}/removed")
             run(n_files, "unique", texts, removed, JsonlWriter(f"{folder}/unique"))
             clean = time.perf_counter()
-            tokens = DocumentTokenizer(f"{folder}/tokens", tokenizer_name_or_path=f"{folder}/tokenizer.json")
+            options = {"tokenizer_name_or_path": f"{folder}/tokenizer.json", "shuffle_documents": False}
+            tokens = DocumentTokenizer(f"{folder}/tokens", **options)
             run(n_files, "tokens", JsonlReader(f"{folder}/unique"), tokens)
             ended = time.perf_counter()
             stats = json.loads(Path(f"{folder}/log/tokens/stats.json").read_text())[0]["stats"]

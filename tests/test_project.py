@@ -198,17 +198,31 @@ def test_readme_says_how_fast_it_was():
 
 def test_readme_says_what_a_corpus_costs():
     """From web pages to tokens, beside datatrove, and the plan that follows from it."""
-    numbers = json.loads((ROOT / "reports" / "benchmark" / "08_benchmark.json").read_text())["numbers"]["corpus"]
+    numbers = json.loads((ROOT / "reports/benchmark/08_benchmark-corpus.json").read_text())["numbers"]["corpus"]
     readme = (ROOT / "README.md").read_text()
     for row in numbers["rows"]:
         cells = [row["program"], f"{row['pages']:,}", f"{row['texts that stay']:,}", f"{row['to clean text, s']:.1f}"]
         cells += [f"{row['to tokens, s']:.2f}", f"{row['HTML, MB/s']:.2f}"]
         assert f"| {' | '.join(cells)} |" in readme
     for row in numbers["plan"]:
-        cells = ["–" if value is None else f"{value:,.2f}" for name, value in row.items() if name != "stage"]
+        cells = [f"{value:,.2f}" for name, value in row.items() if name != "stage"]
         assert f"| {row['stage']} | {' | '.join(cells)} |" in readme
-    rates = [f"{numbers['encoding_bytes_per_second'][name] / 1e6:.0f}" for name in ("ours", "library")]
-    assert f"Tokens alone are made at {rates[0]} MB/s" in readme and f"reaches {rates[1]}." in readme
+    ids, library, ours = (f"{numbers['encoding_bytes_per_second'][n] / 1e6:.1f}" for n in ("ids", "library", "ours"))
+    assert f"Tokens alone are made at {ids} MB/s of text" in readme and f"by tiktoken's batches at {library}" in readme
+    assert f"written as a corpus at {ours}" in readme
+
+
+def test_the_verdict_says_what_restarts_cost():
+    """Against as many epochs as there would have been without them, seed by seed."""
+    runs = json.loads((ROOT / "reports/ablation/07_ablate-2-switches.json").read_text())["numbers"]["runs"]
+    verdict, said = " ".join((ROOT / "reports/ablation/README.md").read_text().split()), []
+    for arm in ("restart, stitch", "restart, stitch 4"):
+        pairs = [one["loss"] - other["loss"] for one, other in zip(runs[arm], runs["no restarts, stitch"], strict=True)]
+        half = stats.t.ppf(0.975, len(pairs) - 1) * np.std(pairs, ddof=1) / math.sqrt(len(pairs))
+        said.append((f"{np.mean(pairs):.2f} ± {half:.2f}", f"{math.exp(np.mean(pairs)):.2f}"))
+    (one, factor), (other, larger) = said
+    assert f"lie {one} and {other} nats, factors of {factor} and {larger}." in verdict
+    assert f"costs {factor} (25 epochs) to {larger} (32 epochs)" in verdict
 
 
 def zero_shot(numbers, arm, task):
@@ -236,6 +250,7 @@ def test_the_verdict_has_what_was_recorded(path):
         gap += f" ± {row['± 95%']:.2f}" if gap and row["± 95%"] else ""
         factor = f"{row['factor in perplexity']:.2f}" if gap else ""
         line = f"| {row['arm']} | {row['loss']:.2f} | {gap} | {factor} | {row['documents']:,} |"
+        line += f" {row['epochs']:.1f} |" if "epochs" in row else ""
         if "webtext" in path.stem:  # other models know nothing of prose
             for task in ("wikitext2", "ptb"):
                 times = zero_shot(numbers, row["arm"], task) if gap else ""
@@ -267,6 +282,16 @@ def test_the_verdict_begins_with_the_factors():
         assert re.search(
             rf"^\| {re.escape(choice)} \| [^|]* \| {re.escape(' | '.join(cells))} \|$", verdict, re.MULTILINE
         )
+
+
+def test_the_verdict_says_how_often_documents_were_read():
+    numbers = json.loads((ROOT / "reports/ablation/07_ablate-8-scales.json").read_text())["numbers"]["read_in_2019"]
+    verdict = (ROOT / "reports/ablation/README.md").read_text()
+    for name, row in numbers.items():
+        cells = [name, f"{row['documents'] / 1e6:.1f}", f"{row['share']:.0%}", f"{row['passes']:,.0f}"]
+        cells += [f"{row[key] / 1e9:.1f}" for key in ("tokens", "distinct_tokens")]
+        cells += [f"{row[key]:.1f}" for key in ("epochs", "tokens_per_parameter", "distinct_per_parameter")]
+        assert f"| {' | '.join(cells)} |\n" in verdict
 
 
 def test_the_verdict_says_what_would_settle_it():

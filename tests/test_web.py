@@ -319,6 +319,15 @@ def test_the_number_of_workers_changes_nothing(result, tmp_path, capfd):
     assert capfd.readouterr() == ("", ""), "what Beam has to say is in a file"
 
 
+def test_another_runner_writes_the_same(tmp_path):
+    """Beam's portable protocol, by which Flink and Spark are reached, with a job server in this process."""
+    portable = ["--runner=PortableRunner", "--job_endpoint=embed", "--environment_type=LOOPBACK"]
+    stories = Path(__file__).parent / "corpus"
+    for name, options in (("one", THREE), ("other", portable)):
+        pipeline.run(tmp_path / name, source=stories, options=options, progress=False)
+    assert written(tmp_path / "one") == written(tmp_path / "other") != {}
+
+
 def test_killed_runs_go_on(web, result, tmp_path):
     """SIGKILL at random moments of fetching and later, until a run ends by itself: the same pages, the same texts."""
     program = (
