@@ -9,6 +9,7 @@ import io
 import json
 import lzma
 import os
+import pickle
 import random
 import shutil
 import socket
@@ -26,6 +27,7 @@ for package in ("apache_beam", "aiohttp", "protego", "trafilatura", "warcio", "z
 
 import trafilatura  # noqa: E402
 import zstandard  # noqa: E402
+from apache_beam.options.pipeline_options import PipelineOptions  # noqa: E402
 from warcio.statusandheaders import StatusAndHeaders  # noqa: E402
 from warcio.warcwriter import WARCWriter  # noqa: E402
 
@@ -317,6 +319,61 @@ def test_the_number_of_workers_changes_nothing(result, tmp_path, capfd):
     pipeline.run(tmp_path / "2", warcs=warcs(result), progress=False, options=TWO)
     assert written(tmp_path / "2") == {name: made for name, made in expected.items() if not name.startswith("clean/")}
     assert capfd.readouterr() == ("", ""), "what Beam has to say is in a file"
+
+
+def gathered(transform, numbers, folder):
+    """What a transform makes of some numbers of parts, by itself, and what it counted."""
+    import apache_beam as beam
+
+    line = beam.Pipeline(options=PipelineOptions(ONE))
+    made = line | beam.Create(numbers) | transform | beam.combiners.ToList()
+    made | beam.Map(lambda found, path: path.write_bytes(pickle.dumps(found)), folder / "made")
+    ended = line.run()
+    ended.wait_until_finish()
+    counted = {counter.key.metric.name: counter.committed for counter in ended.metrics().query()["counters"]}
+    return pickle.loads((folder / "made").read_bytes()), counted
+
+
+def test_links_of_a_host_are_in_one_part(tmp_path):
+    addresses = [f"http://{host}.example/{page}" for page in range(3) for host in "abcdefgh"]
+    for n in range(2):
+        pipeline.write_part(pipeline.part(tmp_path, n), ({"url": url} for url in addresses[n::2]))
+    made, _ = gathered(pipeline.Links(tmp_path, 5), [0, 1], tmp_path)
+    parts = {n: [url for url in found if url] for n, found in made}
+    assert sorted(parts) == [0, 1, 2, 3, 4], "an empty one is made too"
+    assert sorted(url for found in parts.values() for url in found) == sorted(addresses)
+    hosts = [{url[:16] for url in found} for found in parts.values()]
+    assert len(set().union(*hosts)) == sum(map(len, hosts))
+
+
+def test_same_texts_are_joined_across_parts(tmp_path):
+    texts = [" ".join(f"word{i + 40 * j}" for i in range(40)) for j in range(3)]
+    near = texts[1] + " again"
+    for n, some in enumerate(([texts[0], texts[1]], [texts[0], near, texts[2]])):
+        records = ({"id": f"{n}{i}", "text": text} for i, text in enumerate(some))
+        pipeline.write_part(pipeline.part(tmp_path, n), records)
+    made, _ = gathered(pipeline.Same(tmp_path), [0, 1], tmp_path)
+    edges = set(made)
+    assert ((("00", 0), ("10", 1)), "exact duplicate") in edges
+    assert {pair for pair, _ in edges} == {(("00", 0), ("10", 1)), (("01", 0), ("11", 1))}
+
+
+def test_each_part_says_what_was_wrong_with_it_and_counts(tmp_path):
+    def work(n):
+        if n == 2:
+            raise CorpusError("part 2 is broken")
+        sieve = pipeline.Sieve()
+        sieve.take({"url": "a"})
+        sieve.take({"url": "b"}, Refused("too odd"))
+        sieve.finish("odd", tmp_path, n)
+
+    made, counted = gathered(pipeline.EachPart(work), [0, 1, 2], tmp_path)
+    found = dict(made)
+    assert counted["dropped: too odd"] == 2
+    assert found[0] is found[1] is None and "part 2 is broken" in str(found[2])
+    counts = json.loads(pipeline.part(tmp_path, 0, ".json").read_text())
+    assert (counts["entered"], counts["left"], counts["dropped"]) == (2, 1, {"too odd": 1})
+    assert not pipeline.part(tmp_path, 2, ".json").exists()
 
 
 def test_another_runner_writes_the_same(tmp_path):
