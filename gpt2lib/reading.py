@@ -140,7 +140,7 @@ class ReadBatches:
         if stitch is not None:
             while True:
                 group = [next(documents) for _ in range(stitch)]
-                while sum(self._ends[d] - self._starts[d] for d in group) < self.n_ctx + 2:
+                while self.lengths[group].sum() < self.n_ctx + 2:
                     group.append(next(documents))
                 text, places = self._joined(group)
                 start = random.integers(len(text) - self.n_ctx - 1)  # as in 2019, the last token is never a label
@@ -160,8 +160,8 @@ class ReadBatches:
     def _joined(self, group):
         """The tokens of documents, each with its end of text, and (document, its start in the split, its place)."""
         text = np.concatenate([self._tokens[self._starts[d] : self._ends[d]] for d in group])
-        lengths = [self._ends[d] - self._starts[d] for d in group]
-        return text, [(d, self._starts[d], at) for d, at in zip(group, np.cumsum([0, *lengths[:-1]]), strict=True)]
+        places = np.cumsum([0, *self.lengths[group[:-1]]])
+        return text, [(d, self._starts[d], at) for d, at in zip(group, places, strict=True)]
 
     def _window(self, text, places, start):
         stop, inside = start + self.n_ctx + 1, []

@@ -96,9 +96,10 @@ def documents_read(run: Run, documents: int, document_tokens: float) -> dict:
         documents: how many there were.
         document_tokens: their mean length.
 
-    Returns: distinct documents (long and other ones), how many of them are long_documents, the share that they are of
-        all, passes (how often each was read; a window of 1,024 tokens came of 42, or of 2), tokens trained on, tokens
-        in the distinct documents, and epochs, the former over the latter; both also for each parameter.
+    Returns: distinct documents (long and other ones), how many of them are long_documents (if there are so many), the
+        share that they are of all, passes (how often each was read; a window of 1,024 tokens came of 42, or of 2),
+        tokens trained on, tokens in the distinct documents, and epochs, the former over the latter; both also for each
+        parameter.
     """
     windows = run.segment * run.batch_size // run.hosts  # that a host draws in a segment
     long, other = round(windows * run.long_share) * 2, round(windows * (1 - run.long_share)) * 42

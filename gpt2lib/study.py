@@ -319,7 +319,7 @@ def run_study(folder: str | Path, force: bool = False, only: str | None = None, 
             print(f"{run.stem}: skipped, needs {run.needs}; --not-yet-run runs it", flush=True)
             continue
         if run.only_with and not locate(run.only_with).exists():
-            print(f"{run.stem}: skipped, {run.only_with} is not there", flush=True)
+            print(f"{run.stem}: skipped, it needs {run.only_with}, which is not there", flush=True)
             continue
         report = run.file(".ipynb").relative_to(workspace()).as_posix()
         if not rerun and run.is_up_to_date():

@@ -223,6 +223,12 @@ def test_the_verdict_says_what_restarts_cost():
     (one, factor), (other, larger) = said
     assert f"lie {one} and {other} nats, factors of {factor} and {larger}." in verdict
     assert f"costs {factor} (25 epochs) to {larger} (32 epochs)" in verdict
+    webtext = json.loads((ROOT / "reports/ablation/07_ablate-3-webtext.json").read_text())["numbers"]["runs"]
+    together, alone = "restart, hosts, stitch", "restart, stitch"
+    hosts = [
+        np.mean([a["loss"] - b["loss"] for a, b in zip(of[together], of[alone], strict=True)]) for of in (runs, webtext)
+    ]
+    assert f"add little**: {abs(hosts[0]):.2f} nats here and {hosts[1]:.2f} ± " in verdict
 
 
 def zero_shot(numbers, arm, task):

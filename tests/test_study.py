@@ -147,7 +147,7 @@ def test_what_needs_a_file_is_left_out_without_it(root, capsys, monkeypatch):
     ran = []
     monkeypatch.setattr(study, "execute", lambda run, **_: ran.append(run.stem))
     assert study.main(["reports/s"]) == 0 and ran == ["reports/s/01_tiny-b"]
-    assert "reports/s/01_tiny: skipped, data/some/file.txt is not there\n" in capsys.readouterr().out
+    assert "reports/s/01_tiny: skipped, it needs data/some/file.txt, which is not there\n" in capsys.readouterr().out
     (root / "data" / "some").mkdir(parents=True)
     (root / "data" / "some" / "file.txt").touch()
     assert study.main(["reports/s"]) == 0 and ran[1:] == ["reports/s/01_tiny", "reports/s/01_tiny-b"]
