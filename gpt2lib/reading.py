@@ -108,24 +108,25 @@ class ReadBatches:
         o = self.options
         shuffles = o.buffer is not None or o.stitch is not None  # without a seed: each host has an order of its own
         random = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, segment, host * shuffles])))
-        usual = self._cut(self._in_order(self._all, o.buffer, random), o.stitch, random)
+        usual = self._cut(self._in_order(self._all, o.buffer, random, 1 - o.long_share, o.stitch), o.stitch, random)
         if not o.long_share:
             yield from usual
         stitch = None if o.stitch is None else 2
-        long = self._cut(self._in_order(self._long, o.buffer and min(o.buffer, 2000), random), stitch, random)
+        buffer = o.buffer and min(o.buffer, 2000)
+        long = self._cut(self._in_order(self._long, buffer, random, o.long_share, stitch), stitch, random)
         while True:
             yield next(long if random.random() < o.long_share else usual)
 
-    def _in_order(self, documents, buffer, random) -> Iterator[int]:
-        """Documents without end: as they lie, through a buffer of which one is drawn at a time; or all shuffled."""
+    def _in_order(self, documents, buffer, random, share, stitch) -> Iterator[int]:
+        """Documents without end: as they lie, through a buffer of which one is drawn at a time; or all shuffled. Of them
+        are a `share` of the windows, each cut from `stitch` documents."""
         o = self.options
         if buffer is None and o.restart_every is None:
             while True:
                 yield from random.permutation(documents)
         if buffer is None:  # those that are read before the next beginning, shuffled among themselves
-            n = o.restart_every * self.batch_size // o.hosts
-            mean = len(self._tokens) / len(self._all)
-            first = documents[: max(1, round(n * (o.stitch or self.n_ctx / mean)))]
+            n = share * o.restart_every * self.batch_size // o.hosts
+            first = documents[: max(1, round(n * (stitch or self.n_ctx / self.lengths[documents].mean())))]
             while True:
                 yield from random.permutation(first)
         held, at = list(documents[:buffer]), buffer

@@ -134,6 +134,13 @@ def test_long_documents(corpus):
         read(corpus, long_share=0.5, long_tokens=400)
 
 
+def test_restarts_read_of_long_documents_what_is_theirs(corpus):
+    """Of 5 steps of 4 windows half are of long documents, 2 for each, and half of any, 4 for each."""
+    batches = read(corpus, restart_every=5, long_share=0.5, long_tokens=40, stitch=4)
+    long = np.flatnonzero(batches.lengths >= 40)[: 5 * 2 * 2]
+    assert set(documents(batches, range(400))) == {*range(5 * 2 * 4), *long.tolist()}
+
+
 def test_switches_are_fields(corpus):
     base = dict(corpus="c", run_dir="r", learning_rate=1e-2, clip_norm=1.0, model={"n_embd": 24}, max_steps=10**6)
     for name in recipe2019.SWITCHES:
