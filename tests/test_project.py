@@ -258,6 +258,14 @@ def test_the_verdict_says_what_restarts_cost():
     assert f"add little to restarts**: {abs(here):.2f} nats here and {webtext:.2f} ± {half:.2f} on WebText" in verdict
 
 
+def test_the_ablation_takes_up_to_six_hours():
+    """Of two cores: a run takes one."""
+    pieces = [json.loads(path.read_text())["numbers"] for path in (ROOT / "reports/ablation").glob("07_*.json")]
+    hours = sum(piece["minutes"] for piece in pieces) / 2 / 60
+    assert hours <= 6
+    assert f"All pieces take {hours:.1f} hours of two CPU cores." in (ROOT / "reports/ablation/README.md").read_text()
+
+
 def zero_shot(numbers, arm, task):
     """Factor to the good recipe's perplexity, seed by seed, and its 95% interval, as the tables have it."""
     logs = [
