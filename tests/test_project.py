@@ -235,6 +235,11 @@ def test_the_verdict_says_what_restarts_cost():
         assert f"{factors[0]} ({one} epochs) to {factors[1]} ({other} epochs)" in verdict
         rows[piece] = f"| {factors[0]} ({one}) to {factors[1]} ({other}) |"
     wanted = [("PrettyBig's epochs, all documents equally often", f"{rows['5-as-PrettyBig']} – | – |")]
+    for label, arm in (
+        ("PrettyBig, its long documents more often", "restart, hosts, long, stitch"),
+        ("the same with its dropout", "restart, hosts, long, stitch, dropout"),
+    ):
+        wanted.append((label, f"| {math.exp(pairs('5-as-PrettyBig', arm, no)[0]):.2f} | – | – |"))
     arm = "restart, hosts, long, stitch"
     factor = math.exp(pairs("2-switches", arm, "no restarts, hosts, long, stitch")[0])
     for label, first, arm, other in (
