@@ -118,14 +118,16 @@ class ReadBatches:
             yield next(long if random.random() < o.long_share else usual)
 
     def _in_order(self, documents, buffer, random, share, stitch) -> Iterator[int]:
-        """Documents without end: as they lie, through a buffer of which one is drawn at a time; or all shuffled. Of them
-        are a `share` of the windows, each cut from `stitch` documents."""
+        """Documents without end: as they lie, through a buffer of which one is drawn at a time; or all shuffled.
+
+        A `share` of the windows is of them, each cut from `stitch` documents.
+        """
         o = self.options
         if buffer is None and o.restart_every is None:
             while True:
                 yield from random.permutation(documents)
         if buffer is None:  # those that are read before the next beginning, shuffled among themselves
-            n = share * o.restart_every * self.batch_size // o.hosts
+            n = share * o.restart_every * self.batch_size / o.hosts
             first = documents[: max(1, round(n * (stitch or self.n_ctx / self.lengths[documents].mean())))]
             while True:
                 yield from random.permutation(first)
