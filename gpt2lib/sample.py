@@ -1,7 +1,7 @@
 """Generation: prompts in, new tokens out, by two compiled programs with a KV cache between them.
 
 The first reads the prompts, the second goes on token by token. What either is compiled for is its shapes and `Rules`;
-temperature, p and the like are arguments. Random numbers come from the host, a stream for each sequence.
+temperature, p and the like are arguments. Random numbers are a function of a sequence's key, the token and the word.
 """
 
 import contextlib
@@ -11,15 +11,17 @@ import os
 import secrets
 import warnings
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 
 import keras
 import numpy as np
 from keras import ops
 
-from gpt2lib import device
+from gpt2lib import attention, device
 from gpt2lib.device import compiled
 from gpt2lib.model import fused, one_row
 
@@ -53,14 +55,10 @@ def _largest(enough, rows):
 
 def _mass(weights):
     """Sums of rows in two steps of about sqrt(V) numbers, which are short and use vector instructions: -> [B, 1]."""
-    return ops.sum(ops.sum(_folded(weights), axis=1), axis=1, keepdims=True)
-
-
-def _folded(weights):
-    """[B, V] -> [B, V / W, W], W about sqrt(V), with zeros behind."""
     b, v = weights.shape
     width = math.isqrt(v - 1) + 1
-    return ops.reshape(ops.pad(weights, ((0, 0), (0, -v % width))), (b, -1, width))
+    folded = ops.reshape(ops.pad(weights, ((0, 0), (0, -v % width))), (b, -1, width))
+    return ops.sum(ops.sum(folded, axis=1), axis=1, keepdims=True)
 
 
 def keep_top_k(logits, k):
@@ -103,29 +101,51 @@ def penalise(logits, seen, penalty):
     return ops.where(seen, ops.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def draw(logits, u):
-    """A word of each row, as likely as softmax says: [B, V], uniform numbers [B] in [0, 1) -> [B] int32.
+def threefry(keys, counters):
+    """Two random words for each two of `counters`, by the two of `keys`; all are uint32, of shapes that broadcast.
 
-    The first word whose cumulated probability is above u, found in two steps of about sqrt(V) each: sums of float32
-    stay short.
+    Threefry-2x32 of 20 rounds (Salmon et al. 2011, doi:10.1145/2063384.2063405, section 3.2).
     """
-    weights = _folded(ops.exp(logits - ops.max(logits, axis=1, keepdims=True)))  # [B, V / width, width]
-    b, _, width = weights.shape
-    sums = ops.sum(weights, axis=2)
-    upto = ops.cumsum(sums, axis=1)
-    target = u[:, None] * upto[:, -1:]
-    group = _first(upto > target, sums > 0)
-    rest = target - ops.where(group > 0, ops.take_along_axis(upto, ops.maximum(group - 1, 0), axis=1), 0.0)
-    inside = ops.take_along_axis(weights, ops.broadcast_to(group[:, :, None], (b, 1, width)), axis=1)[:, 0]
-    return (group * width + _first(ops.cumsum(inside, axis=1) > rest, inside > 0))[:, 0]
+
+    def word(x):
+        return ops.convert_to_tensor(np.uint32(x))
+
+    (x, y), (a, b) = counters, keys
+    schedule = a, b, ops.bitwise_xor(ops.bitwise_xor(a, b), word(0x1BD11BDA))
+    x, y = x + a, y + b
+    for group in range(5):
+        for turned in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
+            x = x + y
+            y = ops.bitwise_or(ops.left_shift(y, word(turned)), ops.right_shift(y, word(32 - turned)))
+            y = ops.bitwise_xor(y, x)
+        x, y = x + schedule[(group + 1) % 3], y + schedule[(group + 2) % 3] + word(group + 1)
+    return x, y
 
 
-def _first(above, possible):
-    """The first place that is both, else, where rounding left none, the last possible one: [B, K] -> [B, 1]."""
-    last = possible.shape[1] - 1 - ops.argmax(ops.cast(ops.flip(possible, axis=1), "int32"), axis=1)
-    both = ops.cast(above & possible, "int32")
-    place = ops.where(ops.any(above & possible, axis=1), ops.argmax(both, axis=1), last)
-    return ops.cast(place, "int32")[:, None]
+def gumbel(keys, made, v):
+    """Numbers of Gumbel's distribution for each word of the vocabulary: keys [B, 2] uint32, the number of tokens made
+    before -> [B, V] float32. What a row gets depends on its key, `made` and the word only, on both backends alike."""
+    half = -(-v // 2)
+    words = ops.convert_to_tensor(np.arange(half, dtype=np.uint32))[None, :]
+    x = threefry((keys[:, :1], keys[:, 1:]), (words, ops.cast(made, "uint32")))
+    bits = ops.right_shift(ops.concatenate(x, axis=1)[:, :v], ops.convert_to_tensor(np.uint32(1)))
+    u = ops.cast(ops.cast(bits, "int32"), "float32") * 2.0**-31 + 2.0**-32
+    return -ops.log(-ops.log1p(-ops.minimum(u, 1 - 2.0**-24)))
+
+
+def draw(logits, keys, made):
+    """A word of each row, as likely as softmax says: logits [B, V], keys [B, 2], tokens made before -> [B] int32.
+
+    The largest of logits + Gumbel numbers (Maddison et al. 2014, arXiv:1411.0030, section 2). Where logits are a little
+    other ones, as they are by rounding in a batch of another size, the word is nearly always the same.
+    """
+    return _largest_word(logits + gumbel(keys, made, logits.shape[1]))
+
+
+def _largest_word(x):
+    """As `ops.argmax`, for which XLA has no vector instructions on a CPU: [B, V] -> [B] int32."""
+    largest = x == ops.max(x, axis=1, keepdims=True)
+    return ops.min(ops.where(largest, ops.arange(x.shape[1], dtype="int32"), x.shape[1] - 1), axis=1)
 
 
 # --- programs ---------------------------------------------------------------------------------------------------------
@@ -163,21 +183,19 @@ class Knobs:
         return temperature, _int32(self.top_k), top_p, penalty, _int32(self.earliest), ends
 
 
-def _pick(logits, made, u, seen, rules, knobs):
+def _pick(logits, made, keys, seen, rules, knobs):
     """The next token of each row and its log-probability in the model's own softmax: [B, V] -> [B], [B]."""
     temperature, top_k, top_p, penalty, earliest, ends = knobs
     x = penalise(logits, seen, penalty) if rules.penalty else logits
     if rules.early:
         x = ops.where(ops.logical_and(ends, made < earliest), _LOWEST, x)
     if rules.greedy:
-        # as ops.argmax, for which XLA has no vector instructions on a CPU
-        largest = x == ops.max(x, axis=1, keepdims=True)
-        token = ops.min(ops.where(largest, ops.arange(x.shape[1], dtype="int32"), x.shape[1] - 1), axis=1)
+        token = _largest_word(x)
     else:
         x = (x - ops.max(x, axis=1, keepdims=True)) / temperature  # finite or -inf, however low
         x = keep_top_k(x, top_k) if rules.top_k else x
         x = keep_top_p(x, top_p, rules.crossing) if rules.top_p else x
-        token = draw(x, u)
+        token = draw(x, keys, made)
     own = ops.take_along_axis(logits, token[:, None], axis=1)[:, 0]
     return token, own - ops.logsumexp(logits, axis=1)
 
@@ -202,7 +220,7 @@ def _widen(logits, made, scores, finished, seen, rules, knobs):
     return token, flat, parent, ops.reshape(scores, (-1,))
 
 
-def _chosen(logits, made, u, state, knobs, rules):
+def _chosen(logits, made, keys, state, knobs, rules):
     """One choice for all rows: what comes out of it (token, log-probability, beam), the parents of the rows where they
     change, and the state with it."""
     finished, seen, scores, token = state
@@ -213,7 +231,7 @@ def _chosen(logits, made, u, state, knobs, rules):
         token = ops.take(token, parent, axis=0)
         seen = ops.take(seen, parent, axis=0) if rules.penalty else seen
     else:
-        new, own = _pick(logits, made, u, seen, rules, knobs)
+        new, own = _pick(logits, made, keys, seen, rules, knobs)
     out = ops.where(finished, -1, new), own, parent
     token = ops.where(finished, token, new)  # what a finished row reads does not matter
     if rules.penalty:
@@ -222,19 +240,24 @@ def _chosen(logits, made, u, state, knobs, rules):
     return out, (finished, seen, scores, token)
 
 
-def begin(model, rules, space):
-    """`f(tokens [B, T], start [B], made, u [R], state, knobs) -> (token [R], log-probability [R], beam [R]), state,
-    cache`, R = B beams, not yet compiled. `space`: positions in the cache."""
+def _for_cpu() -> bool:
+    """Whether the program is made for a CPU, wherever it is compiled."""
+    return attention.platform() == "cpu" if keras.backend.backend() == "jax" else device.is_cpu()
 
-    def run(tokens, start, made, u, state, knobs):
+
+def begin(model, rules, space):
+    """`f(tokens [B, T], start [B], made, keys [R, 2], state, knobs) -> (token [R], log-probability [R], beam [R]),
+    state, cache`, R = B beams, not yet compiled. `space`: positions in the cache."""
+
+    def run(tokens, start, made, keys, state, knobs):
         h, cache = model.hidden(tokens, model.empty_cache(tokens.shape[0], space), 0, start)
         logits = fused(model.logits)(h[:, -1])
-        if device.is_cpu():  # which would convert all of it for each token
+        if _for_cpu():  # which would convert all of it for each token
             cache = [tuple(ops.cast(x, "float32") for x in layer) for layer in cache]
         if rules.beams > 1:
             logits = ops.repeat(logits, rules.beams, axis=0)
             cache = [tuple(ops.repeat(x, rules.beams, axis=0) for x in layer) for layer in cache]
-        out, state = fused(partial(_chosen, rules=rules))(logits, made, u, state, knobs)
+        out, state = fused(partial(_chosen, rules=rules))(logits, made, keys, state, knobs)
         return out, state, cache
 
     return run
@@ -252,12 +275,12 @@ def turn(model):
 
 
 def go_on(model, rules, most=_CHUNK):
-    """`f(position, start [R], made, count, u [R, most], state, cache, matrices, knobs) -> (tokens [R, most],
+    """`f(position, start [R], made, count, keys [R, 2], state, cache, matrices, knobs) -> (tokens [R, most],
     log-probabilities, beams), state, cache`: `count` tokens more; -1 for rows that are finished. Not yet compiled."""
 
-    def run(position, start, made, count, u, state, cache, matrices, knobs):
+    def run(position, start, made, count, keys, state, cache, matrices, knobs):
         rows = start.shape[0]
-        fast = rows == 1 and device.is_cpu()
+        fast = rows == 1 and _for_cpu()
         same = ops.broadcast_to(ops.arange(rows, dtype="int32")[:, None], (rows, most))
         outs = ops.full((rows, most), -1, "int32"), ops.zeros((rows, most), "float32"), same
 
@@ -268,7 +291,7 @@ def go_on(model, rules, most=_CHUNK):
             with one_row(i, matrices) if fast else contextlib.nullcontext():
                 h, cache = model.hidden(state[3][:, None], cache, position + i, start)
                 logits = model.logits(h[:, -1])
-            out, state = _chosen(logits, made + i, ops.take(u, i, axis=1), state, knobs, rules)
+            out, state = _chosen(logits, made + i, keys, state, knobs, rules)
             if rules.beams > 1:
                 cache = [tuple(ops.take(x, out[2], axis=0) for x in layer) for layer in cache]
             outs = tuple(ops.slice_update(x, (0, i), y[:, None]) for x, y in zip(outs, out, strict=True))
@@ -283,16 +306,16 @@ def go_on(model, rules, most=_CHUNK):
 
 
 def program(model, length, space, rules):
-    """`f(tokens [B, T], start [B], u [B, length], state, knobs) -> new tokens [B, length]`: both in one, uncompiled.
+    """`f(tokens [B, T], start [B], keys [B, 2], state, knobs) -> new tokens [B, length]`: both in one, uncompiled.
 
     What a TPU is asked to compile; `generate` has the two apart, so that tokens can be seen as they come.
     """
 
-    def run(tokens, start, u, state, knobs):
+    def run(tokens, start, keys, state, knobs):
         made = ops.convert_to_tensor(1, "int32")
-        out, state, cache = begin(model, rules, space)(tokens, start, made - 1, u[:, 0], state, knobs)
+        out, state, cache = begin(model, rules, space)(tokens, start, made - 1, keys, state, knobs)
         more = go_on(model, rules, length - 1)
-        outs, *_ = more(tokens.shape[1], start, made, length - 1, u[:, 1:], state, cache, {}, knobs)
+        outs, *_ = more(tokens.shape[1], start, made, length - 1, keys, state, cache, {}, knobs)
         return ops.concatenate([out[0][:, None], outs[0]], axis=1)
 
     return run
@@ -329,12 +352,12 @@ class _Writer:
         self.overlap = overlap
         self.windows = [max(0, len(p) - model.config.n_ctx) for p in prompts]  # where each row's context begins
         self.finished = np.zeros(len(prompts), bool)
-        self.cache, self.matrices, self.streams = None, {}, []
-        if not rules.greedy:
-            times = Counter()
-            for p in map(tuple, prompts):  # a stream for each, which no other row changes
-                self.streams.append(np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, times[p], *p]))))
-                times[p] += 1
+        self.cache, self.matrices, times = None, {}, Counter()
+        keys = np.zeros((len(prompts) * rules.beams, 2), np.uint32)
+        for row, p in enumerate([] if rules.greedy else map(tuple, prompts)):  # of each alone, whatever the others are
+            keys[row] = np.random.SeedSequence([seed, times[p], len(p), *p]).generate_state(2)
+            times[p] += 1
+        self.keys = ops.convert_to_tensor(keys)
 
     def advance(self, most: int):
         """Up to `most` tokens more: ids [R, n], log-probabilities [R, n], beams [R, n]; None when all is written."""
@@ -365,15 +388,18 @@ class _Writer:
                 self.windows[row] = len(ids) - self.overlap
             contexts.append(ids[-1:] if self.finished[row] else ids[self.windows[row] :])
         longest = max(map(len, contexts))
-        t = -(-longest // self.multiple) * self.multiple
+        multiple = (
+            max(self.multiple, n_ctx // 4) if self.made else self.multiple
+        )  # few programs in the middle of a text
+        t = -(-longest // multiple) * multiple
         steps = min(self.length - self.made - 1, n_ctx - longest)
-        space = cache_length(t, steps + 1)
+        space = cache_length(n_ctx + multiple, 1) if self.made else cache_length(t, steps + 1)
         self.room, self.position = steps, t
         tokens = np.array([[0] * (t - len(c)) + c for c in contexts], np.int32)  # padded on the left: [B, T]
         start = np.array([t - len(c) for c in contexts], np.int32)
         run = self._compiled(("begin", tokens.shape, space), lambda: begin(self.model, self.rules, space))
         out, self.state, self.cache = run(
-            *map(_int32, (tokens, start, self.made)), self._uniform(1, 1)[:, 0], self._state(), self.knobs
+            *map(_int32, (tokens, start, self.made)), self.keys, self._state(), self.knobs
         )
         self.start = _int32(np.repeat(start, width))
         self.finished = np.array(self.state[0])
@@ -388,9 +414,8 @@ class _Writer:
         state = (ops.convert_to_tensor(self.finished), *self.state[1:])
         numbers = map(_int32, (self.made, count))
         outs, self.state, self.cache = run(
-            _int32(self.position), self.start, *numbers, self._uniform(count, _CHUNK), state, self.cache, self.matrices,
-            self.knobs,
-        )  # fmt: skip
+            _int32(self.position), self.start, *numbers, self.keys, state, self.cache, self.matrices, self.knobs
+        )
         self.position, self.room = self.position + count, self.room - count
         self.finished = np.array(self.state[0])
         return [np.asarray(x)[:, :count] for x in outs]
@@ -411,12 +436,6 @@ class _Writer:
         scores = np.where(np.arange(rows) % self.rules.beams, _LOWEST, 0).astype(np.float32)  # one beam to begin with
         finished = np.resize(self.finished, rows)
         return (*map(ops.convert_to_tensor, (finished, seen, scores)), _int32(np.zeros(rows)))
-
-    def _uniform(self, count, width):
-        u = np.zeros((len(self.ids) * self.rules.beams, width), np.float32)
-        for row, stream in enumerate(self.streams):
-            u[row, :count] = stream.random(count, np.float32)
-        return ops.convert_to_tensor(u)
 
 
 def cache_length(prompt, length) -> int:
@@ -474,15 +493,17 @@ def generate(
         temperature: logits are divided by it; 0 always takes the most likely token.
         top_k: sample among the k most likely tokens; 0: all.
         top_p: sample among the most likely tokens of this total probability, in (0, 1]; 1: all.
-        seed: the same seed gives the same text (on one backend), whatever else is in the batch: each sequence has
-            random numbers of its own, by its prompt and its number among the samples of that prompt. None: a new one.
+        seed: the same seed gives the same text, whatever else is in the batch: each sequence has random numbers of
+            its own, by its prompt and its number among the samples of that prompt. A batch of another size rounds
+            otherwise, which in bfloat16 changes about one word in some hundreds. None: a new one.
         end_of_text: a row ends before this token; -1: the last of the vocabulary, as in GPT-2; None: never.
         samples: how many texts for each prompt; they follow one another in the list.
         crossing: top_p keeps the token that crosses it, as most libraries do; False: leaves it out, as OpenAI's code.
         repetition_penalty: above 1, tokens that were in the prompt or the text become less likely (`penalise`).
-        min_length: so many tokens come before one that ends a row.
+        min_length: so many tokens come before one that ends a row; stop strings are not held back.
         stop_tokens: further ids that end a row.
-        stop: strings that end a row; the text ends before the first of them. Needs `tokenizer`.
+        stop: strings that end a row; the new text, in which alone they are looked for, ends before the first of
+            them. Needs `tokenizer`.
         beams: beam search of this width, which needs temperature 0; `samples` of them are given, the best first, by
             the sum of log-probabilities over length ** `length_penalty` (with the token that ends).
         overlap: None: half the context.
@@ -499,26 +520,24 @@ def generate(
         temperature=temperature, top_k=top_k, top_p=top_p, end_of_text=end_of_text, crossing=crossing,
         repetition_penalty=repetition_penalty, min_length=min_length, stop_tokens=stop_tokens, beams=beams,
     )  # fmt: skip
-    stop = _strings(stop)
+    stop, _ = _strings(stop), _whole(samples=samples, beams=beams)
     if stop and tokenizer is None:
         raise ValueError("stop strings need the tokenizer that the ids are of; give it, or stop_tokens")
     if samples < 1 or (samples > beams > 1):
         raise ValueError(f"samples must be at least 1{f' and at most beams, {beams}' if beams > 1 else ''}: {samples}")
     if not math.isfinite(length_penalty):
         raise ValueError(f"length_penalty must be a finite number, not {length_penalty}")
-    times = 1 if beams > 1 else samples
-    prompts = [prompt for prompt in prompts for _ in range(times)]
-    writer = _writer(model, prompts, length, seed=seed, overlap=overlap, multiple=multiple, **options)
-    if not prompts:
+    options |= dict(seed=seed, overlap=overlap, multiple=multiple, times=1 if beams > 1 else samples)
+    writer = _writer(model, prompts, length, **options)
+    rows = len(writer.ids) * beams
+    if not rows:
         return []
-    rows = len(prompts) * beams
     made, own, parents = (np.zeros((rows, 0), kind) for kind in (np.int32, np.float32, np.int32))
-    stopped = set()
-    while found := writer.advance(8 if stop else _CHUNK):
+    while found := writer.advance((1 if beams > 1 else 8) if stop else _CHUNK):
         made, own, parents = (np.concatenate(pair, axis=1) for pair in zip((made, own, parents), found, strict=True))
-        for row in set(range(rows if stop else 0)) - stopped:
-            if _stopped(tokenizer, _new(made[row], writer.ends), stop):
-                stopped.add(row)
+        texts = _unwound(made, own, parents)[0] if stop and beams > 1 else made
+        for row in np.flatnonzero(~writer.finished) if stop else ():
+            if _stopped(tokenizer, _new(texts[row], writer.ends), stop):
                 writer.stop(row)
         if progress:
             progress(made.shape[1])
@@ -534,10 +553,15 @@ def generate(
 
 def _writer(
     model, prompts, length, temperature, top_k, top_p, seed, end_of_text=-1, crossing=True, repetition_penalty=1.0,
-    min_length=0, stop_tokens=(), beams=1, overlap=None, multiple=16,
+    min_length=0, stop_tokens=(), beams=1, overlap=None, multiple=16, times=1,
 ) -> _Writer:  # fmt: skip
-    """Checks the settings that `generate` and `stream` share."""
+    """Checks the settings that `generate` and `stream` share; of each prompt `times` rows."""
     c = model.config
+    _whole(length=length, top_k=top_k, min_length=min_length, beams=beams)
+    if isinstance(stop_tokens, str) or not _ids(stop_tokens):
+        raise ValueError(f"stop_tokens must be a list of token ids; got {stop_tokens!r}")
+    if isinstance(prompts, str) or not isinstance(prompts, Iterable) or not all(map(_ids, prompts := list(prompts))):
+        raise ValueError("prompts must be lists of token ids, such as [tokenizer.encode(text)], one for each text")
     overlap = c.n_ctx // 2 if overlap is None else overlap
     end = c.n_vocab - 1 if end_of_text == -1 else end_of_text
     ends = {*stop_tokens, *(() if end is None else (end,))}
@@ -569,6 +593,7 @@ def _writer(
                 f"prompt {i} has {len(prompt)} tokens and {length} more are asked for, but the context holds {c.n_ctx}"
                 "; beams do not go beyond it: shorten the prompt or the length"
             )
+    prompts = [prompt for prompt in prompts for _ in range(times)]
     rules = Rules(
         greedy=temperature == 0, top_k=top_k > 0, top_p=top_p < 1, crossing=crossing, penalty=repetition_penalty != 1,
         early=min_length > 0, beams=beams,
@@ -580,8 +605,20 @@ def _writer(
     return _Writer(model, prompts, length, rules, knobs, seed, overlap, multiple)
 
 
+def _ids(found) -> bool:
+    return isinstance(found, Iterable) and all(isinstance(token, Integral) for token in found)
+
+
+def _whole(**settings):
+    for name, value in settings.items():
+        if not isinstance(value, Integral):
+            raise ValueError(f"{name} must be a whole number; got {value!r}")
+
+
 def _strings(stop) -> list[str]:
-    stop = [stop] if isinstance(stop, str) else list(stop)
+    stop = [stop] if isinstance(stop, str) else list(stop) if isinstance(stop, Iterable) else [stop]
+    if wrong := [x for x in stop if not isinstance(x, str)]:
+        raise ValueError(f"stop must be strings; got {wrong[0]!r} (ids go into stop_tokens)")
     if not all(stop):
         raise ValueError("a stop string is empty, which every text has; leave it out")
     return stop
@@ -630,6 +667,8 @@ def stream(model, tokenizer, prompt: str, length, temperature=1.0, top_k=0, top_
     The same text as `generate` gives to the prompt with the same settings, of which this takes all but `samples`,
     `beams`, `details` and `progress`.
     """
+    if other := {"samples", "beams", "details", "progress"} & options.keys():
+        raise ValueError(f"stream writes one text as it comes and takes no {min(other)}; use generate")
     stop = _strings(options.pop("stop", ()))
     options.setdefault("end_of_text", tokenizer.end_of_text)
     sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
@@ -658,19 +697,24 @@ def stream(model, tokenizer, prompt: str, length, temperature=1.0, top_k=0, top_
 
 def read_prompts(path) -> list[str]:
     """Prompts of a file: of each line of a `.jsonl` file its "prompt"; any other file is one text, without its last
-    line break. ValueError for a line that has none."""
+    line break. ValueError for a line that has none, or none that is a string."""
     path = Path(path)
     text = path.read_text(encoding="utf-8")
     if path.suffix != ".jsonl":
         return [text.removesuffix("\n")]
     found = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # a string may have other characters that break lines
+        if not line.strip():
+            continue
         try:
-            found.append(json.loads(line)["prompt"])
+            prompt = json.loads(line)["prompt"]
+            wrong = not isinstance(prompt, str)
         except (ValueError, KeyError, TypeError):
-            raise ValueError(
-                f'line {number} of {path} is not a JSON object with a "prompt"; mend or remove it'
-            ) from None
+            wrong = True
+        if wrong:
+            message = f'line {number} of {path} is not a JSON object with a text as its "prompt"; mend or remove it'
+            raise ValueError(message)
+        found.append(prompt)
     return found
 
 

@@ -139,6 +139,17 @@ def test_programs_compile(topology, program, tmp_path):
 
 
 @compiles
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_tpu_keeps_its_cache_in_bfloat16(rows, tmp_path):
+    """It is for the CPU, where this compiler runs, that a cache is converted and one row computed apart."""
+    text = tmp_path / "program.txt"
+    options = {"topology": "v5e-1", "program": "generate", "dtype": "mixed_bfloat16", "model": SMALL}
+    assert plan("test", batch_per_device=rows, cache=tmp_path, text=text, **options).fits
+    loops = [line for line in text.read_text().splitlines() if " while(" in line and "32,64]" in line]
+    assert {*re.findall(r"\b(\w+\[[\d,]*2,32,64\])", " ".join(loops))} == {f"bf16[{rows},2,32,64]"}
+
+
+@compiles
 def test_gradients_cross_once(tmp_path):
     """The bytes of all-reduces are those of the gradients, matrices in bfloat16, within 5%."""
     made, _ = small(tmp_path, "v3-8")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from keras import ops
 from literal import distinctive, gpt2, nll
+from scipy import stats
 
 from gpt2lib import device, sample
 from gpt2lib.checkpoint import fingerprint, load_openai, save_huggingface
@@ -113,7 +114,57 @@ def test_the_seed_decides(model):
     assert rows == generate(model, [[1, 2]], 9, temperature=3.0, seed=1, end_of_text=None, samples=4)
 
 
+def test_threefrys_known_answers():
+    """Of its authors' library, Random123 (kat_vectors, threefry2x32 of 20 rounds)."""
+    ones = 0xFFFFFFFF
+    for counters, keys, expected in (
+        ((0, 0), (0, 0), (0x6B200159, 0x99BA4EFE)),
+        ((ones, ones), (ones, ones), (0x1CB996FC, 0xBB002BE7)),
+        ((0x243F6A88, 0x85A308D3), (0x13198A2E, 0x03707344), (0xC4923A9C, 0x483DF7A0)),
+    ):
+        words = [tuple(ops.convert_to_tensor(np.array([x], np.uint32)) for x in pair) for pair in (keys, counters)]
+        assert tuple(int(np.asarray(x)[0]) for x in sample.threefry(*words)) == expected
+
+
+def test_gumbels_numbers():
+    """Their distribution, exp(-exp(-x)), over words, tokens and keys; other words in the same place stay."""
+    keys = ops.convert_to_tensor(np.arange(8, dtype=np.uint32).reshape(4, 2))
+    found = np.stack([np.asarray(sample.gumbel(keys, number, 5001)) for number in range(3)])
+    assert np.isfinite(found).all() and len(np.unique(found)) > 0.998 * found.size
+    assert stats.kstest(found.ravel(), stats.gumbel_r.cdf).pvalue > 0.01
+    for axis in range(2):
+        assert abs(np.corrcoef(np.moveaxis(found, axis, 0).reshape(found.shape[axis], -1)[:2])[0, 1]) < 0.02
+    np.testing.assert_array_equal(np.asarray(sample.gumbel(keys[1:2], 2, 5001)), found[2, 1:2])
+
+
+def test_rounding_hardly_changes_a_word():
+    """Of GPT-2's vocabulary, with noise as a batch of another size rounds in float32 and in bfloat16."""
+    random = np.random.default_rng(0)
+    logits = random.normal(0, 2, (256, 50257)).astype(np.float32)
+    keys = ops.convert_to_tensor(random.integers(0, 2**32, (256, 2), np.uint32))
+    words, near, far = (
+        np.asarray(sample.draw(logits + random.normal(0, sd, logits.shape).astype(np.float32), keys, 7))
+        for sd in (0, 2e-6, 5e-3)
+    )
+    assert (words == near).all() and (words != far).sum() <= 5 and len({*words}) > 200
+
+
 OPTIONS = {"temperature": 2.0, "seed": 1, "end_of_text": None}
+
+
+def test_a_prompt_is_no_other_ones_beginning(model):
+    """Id 0 is one of the vocabulary, and a random stream knows how long its prompt is."""
+    keys = [sample._writer(model, [p], 1, 1.0, 0, 1.0, seed=7).keys for p in ([33], [33, 0], [33, 0, 0])]
+    assert len({np.asarray(key).tobytes() for key in keys}) == 3
+
+
+def test_a_seed_gives_the_same_text_in_every_batch_of_a_large_vocabulary():
+    """50,257 words of much alike probability, of which another rounding could choose another one."""
+    model = GPT2(ModelConfig(n_vocab=50257, n_ctx=64, n_embd=24, n_head=3, n_layer=2), seed=1)
+    prompts = [[i, 7 * i, 50000 + i] for i in range(6)]
+    together = generate(model, prompts, 150, seed=3, end_of_text=None)
+    for size in (1, 4):
+        assert generate(model, prompts[:size], 150, seed=3, end_of_text=None) == together[:size]
 
 
 def test_a_seed_gives_the_same_text_in_every_batch(model):
@@ -141,8 +192,10 @@ def test_beyond_the_context_by_windows(model, overlap):
 
 def test_of_a_long_prompt_the_end_is_read(model):
     prompt = [i * i % 37 for i in range(60)]
-    with pytest.warns(UserWarning, match="prompt 1 has 60 tokens, the context 41"):
+    with pytest.warns(UserWarning, match="prompt 1 has 60 tokens, the context 41") as said:
         new = generate(model, [[1], prompt], 30, temperature=0, end_of_text=None)
+        generate(model, [[1], prompt], 30, seed=1, samples=3, end_of_text=None)
+    assert len(said) == 2
     assert new[1] == generate(model, [prompt[-41:]], 30, temperature=0, end_of_text=None)[0]
 
 
@@ -392,8 +445,21 @@ def test_a_stream_is_what_generate_gives(alphabet):
 # --- beams ------------------------------------------------------------------------------------------------------------
 
 
-def test_one_beam_is_greedy(model, greedy):
+def test_one_beam_is_greedy(model, greedy, monkeypatch):
+    """The search for the best of several, made to look for one."""
+    asked = []
+    widen = sample._widen
+
+    def chosen(logits, made, keys, state, knobs, rules):
+        finished, seen, scores, _ = state
+        new, own, parent, scores = widen(logits, made, scores, finished, seen, rules, knobs)
+        asked.append(new)
+        return (ops.where(finished, -1, new), own, parent), (finished, seen, scores, new)
+
     assert generate(model, PROMPTS, 9, temperature=0, beams=1, end_of_text=None) == greedy
+    monkeypatch.setattr(sample, "_chosen", chosen)
+    other = GPT2(CONFIG, init=distinctive)  # with programs of its own
+    assert generate(other, PROMPTS, 9, temperature=0, end_of_text=None) == greedy and asked
 
 
 @pytest.mark.parametrize("end", [None, 30])
@@ -429,8 +495,26 @@ def test_beams_of_a_prompt_alone_or_not(model):
 
 def test_beams_and_the_other_settings(next_word):
     assert generate(next_word, [[3], [10]], 6, 0, beams=2) == [[4, 5, 6, 7, 8, 9], [11]]
-    assert 12 not in generate(next_word, [[10]], 6, 0, beams=2, min_length=4)[0][:4]
+    held = generate(next_word, [[10]], 6, 0, beams=2, min_length=4)[0]
+    assert len(held) >= 4 and 12 not in held[:4]
     assert generate(next_word, [[3]], 3, 0, beams=2, stop_tokens=[6]) == [[4, 5]]
+
+
+def test_beams_stop_at_strings_as_at_tokens():
+    """A string of one byte is a token, and a text that a beam left does not stop another one."""
+    tokenizer = Tokenizer([])
+    model = GPT2(ModelConfig(n_vocab=257, n_ctx=41, n_embd=15, n_head=3, n_layer=1), init=distinctive)
+    rng, ended = np.random.default_rng(0), []
+    for _ in range(12):
+        prompts, stop = rng.integers(0, 256, (2, 5)).tolist(), chr(rng.integers(33, 127))
+        options = {"beams": 4, "samples": 4, "tokenizer": tokenizer, "details": True}
+        strings = generate(model, prompts, 25, 0, stop=stop, **options)
+        tokens = generate(model, prompts, 25, 0, stop_tokens=tokenizer.encode(stop), **options)
+        assert [(one.ids, one.ended) for one in strings] == [
+            (one.ids, "string" if one.ended == "token" and len(one.ids) < 25 else one.ended) for one in tokens
+        ]
+        ended += [one.ended for one in strings]
+    assert {"string", "length"} <= {*ended}
 
 
 # --- beside transformers ----------------------------------------------------------------------------------------------
@@ -468,7 +552,9 @@ def test_prompts_of_files(tmp_path):
     assert read_prompts(tmp_path / "one.txt") == ["Two\nlines"]
     (tmp_path / "some.jsonl").write_text('{"prompt": "a\\nb"}\n{"prompt": "", "n": 3}\n')
     assert read_prompts(tmp_path / "some.jsonl") == ["a\nb", ""]
-    for wrong in ('{"text": "a"}', "a", "[3]"):
+    (tmp_path / "some.jsonl").write_text('{"prompt": "a\u2028b\x85"}\n\n', encoding="utf-8")
+    assert read_prompts(tmp_path / "some.jsonl") == ["a\u2028b\x85"]
+    for wrong in ('{"text": "a"}', "a", "[3]", '{"prompt": 5}'):
         (tmp_path / "some.jsonl").write_text('{"prompt": "a"}\n' + wrong)
         with pytest.raises(ValueError, match=r"line 2 of .*some\.jsonl"):
             read_prompts(tmp_path / "some.jsonl")
@@ -555,6 +641,15 @@ def test_compiled_once_for_a_shape(monkeypatch):
         ([[1]], {"overlap": 42}, ("overlap", "41", "42")),
         ([[1]], {"overlap": 0}, ("overlap", "41", "0")),
         ([[1]], {"seed": -1}, ("seed", "-1")),
+        ([[1], [40]], {"samples": 3}, ("prompt 1", "36")),
+        ("Hello", {}, ("prompts", "tokenizer.encode")),
+        ([1, 2], {}, ("prompts", "tokenizer.encode")),
+        (["Hello"], {}, ("prompts", "tokenizer.encode")),
+        ([[1]], {"stop_tokens": 5}, ("stop_tokens", "5")),
+        ([[1]], {"stop": [5]}, ("stop", "5")),
+        ([[1]], {"top_k": 2.5}, ("top_k", "2.5")),
+        ([[1]], {"length": "3"}, ("length", "3")),
+        ([[1]], {"beams": 1.5}, ("beams", "1.5")),
     ],
     ids=str,
 )
@@ -574,6 +669,23 @@ def test_a_damaged_model_is_one_sentence():
 
 def test_a_temperature_next_to_nothing_is_greedy(model, greedy):
     assert generate(model, PROMPTS, 9, temperature=1e-42, top_k=7, seed=1, end_of_text=None) == greedy
+
+
+def test_few_programs_for_a_long_batch(model, monkeypatch):
+    """Where windows of several rows are read again, at some other length each time."""
+    made = []
+    compiled = sample.compiled
+    monkeypatch.setattr(sample, "compiled", lambda *args, **options: made.append(1) or compiled(*args, **options))
+    other = GPT2(ModelConfig(n_vocab=37, n_ctx=128, n_embd=15, n_head=3, n_layer=1), init=distinctive)
+    generate(other, [[1] * n for n in range(1, 120, 11)], 500, 0, end_of_text=None)
+    assert len(made) <= 2 + 3  # to begin with, then windows of 64, 96 and 128 tokens at most and one to go on
+
+
+def test_a_stream_is_of_one_text(alphabet):
+    model, tokenizer = alphabet
+    for options in ({"beams": 2}, {"samples": 2}, {"details": True}):
+        with pytest.raises(ValueError, match=f"stream .* takes no {min(options)}"):
+            next(stream(model, tokenizer, "x", 3, 0, **options))
 
 
 def test_progress(model):
@@ -633,7 +745,7 @@ def test_the_cache_is_updated_in_place(rows):
     )
     state = (*state, ops.zeros(rows, "int32"))
     integers = [ops.convert_to_tensor(x, "int32") for x in (3, [0] * rows, 1, 4)]
-    args = (*integers, ops.zeros((rows, 4)), state, model.empty_cache(rows, 128), {}, knobs)
+    args = (*integers, ops.zeros((rows, 2), "uint32"), state, model.empty_cache(rows, 128), {}, knobs)
     if keras.backend.backend() == "jax":
         import jax
 

@@ -67,6 +67,7 @@ def trace(program, config, mesh, sample=None):
     from jax import ShapeDtypeStruct
     from jax.sharding import NamedSharding, PartitionSpec
 
+    from gpt2lib import attention
     from gpt2lib.device import functional
     from gpt2lib.sample import Rules
     from gpt2lib.sample import program as sampling
@@ -87,7 +88,8 @@ def trace(program, config, mesh, sample=None):
     if program == "evaluate":
         return programs.losses.trace(values, frozen, windows)
     prompt, length = sample
-    rules, b, real = Rules(top_k=True), config.batch_size, ShapeDtypeStruct((), "float32")
+    rules = Rules(top_k=True, top_p=True, penalty=True, early=True)  # all that sampling may do
+    b, v, real = config.batch_size, shape.n_vocab, ShapeDtypeStruct((), "float32")
     run = sampling(model, length, prompt + length, rules)
     rows, everywhere = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
     run = jax.jit(
@@ -95,9 +97,10 @@ def trace(program, config, mesh, sample=None):
     )
     tokens, start = ShapeDtypeStruct((b, prompt), "int32"), ShapeDtypeStruct((b,), "int32")
     flags, scores = ShapeDtypeStruct((b,), "bool"), ShapeDtypeStruct((b,), "float32")
-    state = (flags, ShapeDtypeStruct((b, 1), "bool"), scores, start)
-    knobs = (real, number, real, real, number, ShapeDtypeStruct((shape.n_vocab,), "bool"))
-    return run.trace(shapes(model.variables), tokens, start, ShapeDtypeStruct((b, length), "float32"), state, knobs)
+    state = (flags, ShapeDtypeStruct((b, v), "bool"), scores, start)
+    knobs = (real, number, real, real, number, ShapeDtypeStruct((v,), "bool"))
+    with attention.target(mesh, alone=False):
+        return run.trace(shapes(model.variables), tokens, start, ShapeDtypeStruct((b, 2), "uint32"), state, knobs)
 
 
 def products(jaxpr, repeated: bool) -> int:
