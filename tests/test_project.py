@@ -280,6 +280,28 @@ def test_the_verdict_says_what_all_of_it_costs():
     assert f"There its reading costs {math.exp(gains[2]):.2f} on WebText and {reading} zero-shot" in verdict
 
 
+def test_the_verdict_says_what_keeps_a_model_from_learning_by_heart():
+    """What dropout and the small rate take away of the cost of 2019's reading, and what 2019 is without dropout."""
+    verdict, piece = " ".join((ROOT / "reports/ablation/README.md").read_text().split()), "8-by-heart"
+    reading, _ = pairs(piece, "restart, long, stitch", "good")
+    arms = [f"its reading, {with_}" for with_ in ("matrix dropout", "dropout", "both dropouts", "small rate")]
+    gains = [pairs(piece, "restart, long, stitch", arm) for arm in arms]
+    said = (
+        "of the {:.2f} nats that its reading costs, dropout of matrices alone takes away {:.2f}, dropout elsewhere "
+        "{:.2f}, both {:.2f}, and the small rate {:.2f}."
+    )
+    assert said.format(reading, *(gain for gain, _ in gains)) in verdict
+    said = "dropout of matrices takes away {}, dropout elsewhere {}, both {}, the small rate {}."
+    assert said.format(*(f"{gain:.2f} ± {half:.2f}" for gain, half in gains)) in verdict
+    without, whole = pairs(piece, "2019 without dropout", "good")[0], pairs("3-webtext", "2019", "good")[0]
+    shot = interval(*pairs(piece, "2019 without dropout", "good", "wikitext2"))
+    of_all = math.exp(pairs("3-webtext", "2019", "good", "wikitext2")[0])
+    said = (
+        f"costs {math.exp(without):.2f} instead of {math.exp(whole):.2f}, and zero-shot {shot} instead of {of_all:.2f}"
+    )
+    assert said in verdict
+
+
 def interval(gap, half):
     """The factor in perplexity and its 95% interval, as the tables have them."""
     return "{:.2f} ({:.2f} to {:.2f})".format(*(math.exp(gap + x) for x in (0, -half, half)))
@@ -301,9 +323,10 @@ def test_the_verdict_has_what_was_recorded(path):
         factor = f"{row['factor in perplexity']:.2f}" if gap else ""
         line = f"| {row['arm']} | {row['loss']:.2f} | {gap} | {factor} | {row['documents']:,} |"
         line += f" {row['epochs']:.1f} |" if "epochs" in row else ""
-        if "webtext" in path.stem:  # other models know nothing of prose
+        piece = path.stem.removeprefix("07_ablate-")
+        if piece in ("3-webtext", "8-by-heart"):  # other models know nothing of prose
             for task in ("wikitext2", "ptb"):
-                times = interval(*pairs("3-webtext", row["arm"], "good", task)) if gap else ""
+                times = interval(*pairs(piece, row["arm"], "good", task)) if gap else ""
                 line += f" {row[task]:,.0f} | {times} |"
         assert line + "\n" in verdict
     for name, points in numbers["rates"].items():
@@ -317,6 +340,9 @@ def test_the_verdict_begins_with_the_factors():
         return {row["arm"]: row for row in recorded["arms"]}
 
     verdict, alone, webtext = (ROOT / "reports/ablation/README.md").read_text(), arms("2-switches"), arms("3-webtext")
+    piece = {arm: "3-webtext" for arm in webtext}
+    piece |= {arm: "8-by-heart" for arm in arms("8-by-heart") if arm not in piece}
+    webtext = arms("8-by-heart") | webtext
     reads = "how it reads: restarts, 70% of windows of few long documents, none shuffled; hosts on docstrings only"
     alone["restart, long, stitch"] = alone["restart, hosts, long, stitch"]
     for choice, arm in (
@@ -328,13 +354,16 @@ def test_the_verdict_begins_with_the_factors():
         ("all of it but the rate", "2019 at the good rate"),
         ("all of it but restarts", "2019 without restarts"),
         ("all of it but how it reads", "2019 that reads everything"),
+        ("all of it but dropout", "2019 without dropout"),
+        ("how it reads, with both kinds of its dropout", "its reading, both dropouts"),
+        ("how it reads, with its rate", "its reading, small rate"),
         ("dropout elsewhere", "dropout"),
         ("weight decay of all variables, beside none", "decay"),
         ("windows of stitched documents", "stitch"),
         ("no clipping, tried with Adafactor only", "no clipping"),
     ):
         cells = [f"{rows[arm]['factor in perplexity']:.2f}" if arm in rows else "–" for rows in (alone, webtext)]
-        cells += [interval(*pairs("3-webtext", arm, "good", "wikitext2")) if arm in webtext else "–"]
+        cells += [interval(*pairs(piece[arm], arm, "good", "wikitext2")) if arm in webtext else "–"]
         assert re.search(
             rf"^\| {re.escape(choice)} \| [^|]* \| {re.escape(' | '.join(cells))} \|$", verdict, re.MULTILINE
         )
