@@ -388,12 +388,13 @@ class _Writer:
                 self.windows[row] = len(ids) - self.overlap
             contexts.append(ids[-1:] if self.finished[row] else ids[self.windows[row] :])
         longest = max(map(len, contexts))
-        multiple = (
-            max(self.multiple, n_ctx // 4) if self.made else self.multiple
-        )  # few programs in the middle of a text
+        lengths = {len(c) for c, over in zip(contexts, self.finished, strict=True) if not over}
+        multiple, few = self.multiple, self.made and len(lengths) > 1
+        if few:  # lengths that change from window to window: programs for four of them, with one cache
+            multiple = max(multiple, n_ctx // 4)
         t = -(-longest // multiple) * multiple
         steps = min(self.length - self.made - 1, n_ctx - longest)
-        space = cache_length(n_ctx + multiple, 1) if self.made else cache_length(t, steps + 1)
+        space = cache_length(n_ctx + multiple, 1) if few else cache_length(t, steps + 1)
         self.room, self.position = steps, t
         tokens = np.array([[0] * (t - len(c)) + c for c in contexts], np.int32)  # padded on the left: [B, T]
         start = np.array([t - len(c) for c in contexts], np.int32)
@@ -495,7 +496,8 @@ def generate(
         top_p: sample among the most likely tokens of this total probability, in (0, 1]; 1: all.
         seed: the same seed gives the same text, whatever else is in the batch: each sequence has random numbers of
             its own, by its prompt and its number among the samples of that prompt. A batch of another size rounds
-            otherwise, which in bfloat16 changes about one word in some hundreds. None: a new one.
+            otherwise: in bfloat16 that makes another word now and then, from which on the text is another. None: a
+            new one.
         end_of_text: a row ends before this token; -1: the last of the vocabulary, as in GPT-2; None: never.
         samples: how many texts for each prompt; they follow one another in the list.
         crossing: top_p keeps the token that crosses it, as most libraries do; False: leaves it out, as OpenAI's code.
@@ -514,7 +516,8 @@ def generate(
     Returns: for each prompt its new tokens only, without what ended them.
 
     ValueError for settings out of range, in one sentence. Programs are compiled for a number of rows, a length of
-    prompts and of the cache (multiples of 16 and 64), and the kind of sampling; later calls find them.
+    prompts and of the cache (multiples of 16 and 64; of n_ctx / 4 where rows go on beyond the context at different
+    lengths), and the kind of sampling; later calls find them.
     """
     options = dict(
         temperature=temperature, top_k=top_k, top_p=top_p, end_of_text=end_of_text, crossing=crossing,
@@ -557,14 +560,16 @@ def _writer(
 ) -> _Writer:  # fmt: skip
     """Checks the settings that `generate` and `stream` share; of each prompt `times` rows."""
     c = model.config
-    _whole(length=length, top_k=top_k, min_length=min_length, beams=beams)
-    if isinstance(stop_tokens, str) or not _ids(stop_tokens):
-        raise ValueError(f"stop_tokens must be a list of token ids; got {stop_tokens!r}")
-    if isinstance(prompts, str) or not isinstance(prompts, Iterable) or not all(map(_ids, prompts := list(prompts))):
-        raise ValueError("prompts must be lists of token ids, such as [tokenizer.encode(text)], one for each text")
     overlap = c.n_ctx // 2 if overlap is None else overlap
+    _whole(length=length, top_k=top_k, min_length=min_length, beams=beams, overlap=overlap, multiple=multiple)
+    _whole(**{name: x for name, x in {"seed": seed, "end_of_text": end_of_text}.items() if x is not None})
+    if (further := _ids(stop_tokens)) is None:
+        raise ValueError(f"stop_tokens must be a list of token ids; got {stop_tokens!r}")
+    rows = [_ids(prompt) for prompt in prompts] if isinstance(prompts, Iterable) else [None]
+    if None in rows:
+        raise ValueError("prompts must be lists of token ids, such as [tokenizer.encode(text)], one for each text")
     end = c.n_vocab - 1 if end_of_text == -1 else end_of_text
-    ends = {*stop_tokens, *(() if end is None else (end,))}
+    ends = {*further, *(() if end is None else (end,))}
     for name, value, right, wanted in (
         ("length", length, length >= 1, "at least 1"),
         ("temperature", temperature, 0 <= temperature < math.inf, "a finite number from 0, which is greedy"),
@@ -574,6 +579,7 @@ def _writer(
         ("min_length", min_length, 0 <= min_length <= length, f"0 to the length, {length}"),
         ("beams", beams, beams >= 1, "at least 1"),
         ("beams", beams, beams == 1 or temperature == 0, f"1, unless temperature is 0; it is {temperature}"),
+        ("multiple", multiple, multiple >= 1, "at least 1"),
         ("overlap", overlap, 1 <= overlap <= c.n_ctx, f"1 to the context's {c.n_ctx}"),
         ("seed", seed, seed is None or seed >= 0, "at least 0"),
     ):
@@ -581,7 +587,7 @@ def _writer(
             raise ValueError(f"{name} must be {wanted}; got {value}")
     if outside := [token for token in ends if not 0 <= token < c.n_vocab]:
         raise ValueError(f"the id {outside[0]} that ends a text is outside the vocabulary, 0..{c.n_vocab - 1}")
-    prompts = [list(prompt) or [c.n_vocab - 1 if end is None else end] for prompt in prompts]
+    prompts = [row or [c.n_vocab - 1 if end is None else end] for row in rows]
     for i, prompt in enumerate(prompts):
         if not 0 <= min(prompt) <= max(prompt) < c.n_vocab:
             raise ValueError(f"prompt {i} has an id outside 0..{c.n_vocab - 1}; was it encoded by another tokenizer?")
@@ -605,8 +611,10 @@ def _writer(
     return _Writer(model, prompts, length, rules, knobs, seed, overlap, multiple)
 
 
-def _ids(found) -> bool:
-    return isinstance(found, Iterable) and all(isinstance(token, Integral) for token in found)
+def _ids(found) -> list[int] | None:
+    """As a list; None where it is no ids."""
+    found = list(found) if isinstance(found, Iterable) else [None]
+    return found if all(isinstance(token, Integral) for token in found) else None
 
 
 def _whole(**settings):

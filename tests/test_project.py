@@ -293,6 +293,8 @@ def test_the_verdict_says_what_keeps_a_model_from_learning_by_heart():
     assert said.format(reading, *(gain for gain, _ in gains)) in verdict
     said = "dropout of matrices takes away {}, dropout elsewhere {}, both {}, the small rate {}."
     assert said.format(*(f"{gain:.2f} ± {half:.2f}" for gain, half in gains)) in verdict
+    beside = pairs(piece, "its reading, dropout", "its reading, both dropouts")[0]
+    assert f"where it gains {gains[0][0]:.2f} nats, and {beside:.2f} beside the other kind." in verdict
     without, whole = pairs(piece, "2019 without dropout", "good")[0], pairs("3-webtext", "2019", "good")[0]
     shot = interval(*pairs(piece, "2019 without dropout", "good", "wikitext2"))
     of_all = math.exp(pairs("3-webtext", "2019", "good", "wikitext2")[0])
