@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 
 import keras
@@ -523,11 +523,13 @@ def generate(
         temperature=temperature, top_k=top_k, top_p=top_p, end_of_text=end_of_text, crossing=crossing,
         repetition_penalty=repetition_penalty, min_length=min_length, stop_tokens=stop_tokens, beams=beams,
     )  # fmt: skip
-    stop, _ = _strings(stop), _whole(samples=samples, beams=beams)
+    _number(samples=samples, beams=beams)
+    stop = _strings(stop)
     if stop and tokenizer is None:
         raise ValueError("stop strings need the tokenizer that the ids are of; give it, or stop_tokens")
     if samples < 1 or (samples > beams > 1):
         raise ValueError(f"samples must be at least 1{f' and at most beams, {beams}' if beams > 1 else ''}: {samples}")
+    _number(Real, length_penalty=length_penalty)
     if not math.isfinite(length_penalty):
         raise ValueError(f"length_penalty must be a finite number, not {length_penalty}")
     options |= dict(seed=seed, overlap=overlap, multiple=multiple, times=1 if beams > 1 else samples)
@@ -561,8 +563,9 @@ def _writer(
     """Checks the settings that `generate` and `stream` share; of each prompt `times` rows."""
     c = model.config
     overlap = c.n_ctx // 2 if overlap is None else overlap
-    _whole(length=length, top_k=top_k, min_length=min_length, beams=beams, overlap=overlap, multiple=multiple)
-    _whole(**{name: x for name, x in {"seed": seed, "end_of_text": end_of_text}.items() if x is not None})
+    _number(length=length, top_k=top_k, min_length=min_length, beams=beams, overlap=overlap, multiple=multiple)
+    _number(**{name: x for name, x in {"seed": seed, "end_of_text": end_of_text}.items() if x is not None})
+    _number(Real, temperature=temperature, top_p=top_p, repetition_penalty=repetition_penalty)
     if (further := _ids(stop_tokens)) is None:
         raise ValueError(f"stop_tokens must be a list of token ids; got {stop_tokens!r}")
     rows = [_ids(prompt) for prompt in prompts] if isinstance(prompts, Iterable) else [None]
@@ -617,10 +620,10 @@ def _ids(found) -> list[int] | None:
     return found if all(isinstance(token, Integral) for token in found) else None
 
 
-def _whole(**settings):
+def _number(kind=Integral, **settings):
     for name, value in settings.items():
-        if not isinstance(value, Integral):
-            raise ValueError(f"{name} must be a whole number; got {value!r}")
+        if not isinstance(value, kind):
+            raise ValueError(f"{name} must be a {'whole ' if kind is Integral else ''}number; got {value!r}")
 
 
 def _strings(stop) -> list[str]:

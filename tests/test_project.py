@@ -194,6 +194,10 @@ def test_readme_says_how_fast_it_was():
                 f"{ours['of reads, %']:.0f}%",
             ]
             assert f"| {' | '.join(cells)} |" in readme
+    beside = [
+        f"{100 - row['of reads, %']:.0f}%" for row in rows if (row["at once"], row["of reads, %"] is None) == (1, False)
+    ]
+    assert "not reading is {} of the time in float32 and {} in bfloat16".format(*beside) in readme
 
 
 def test_readme_says_what_a_corpus_costs():
@@ -293,6 +297,9 @@ def test_the_verdict_says_what_keeps_a_model_from_learning_by_heart():
     assert said.format(reading, *(gain for gain, _ in gains)) in verdict
     said = "dropout of matrices takes away {}, dropout elsewhere {}, both {}, the small rate {}."
     assert said.format(*(f"{gain:.2f} ± {half:.2f}" for gain, half in gains)) in verdict
+    runs = json.loads((ROOT / f"reports/ablation/07_ablate-{piece}.json").read_text())["numbers"]["runs"]
+    curves = [np.mean([[loss for _, loss in run["curve"]] for run in runs[arms[i]]], axis=0) for i in (1, 3)]
+    assert "it ends {:.2f} and {:.2f} nats above its lowest".format(*(x[-1] - x.min() for x in curves)) in verdict
     beside = pairs(piece, "its reading, dropout", "its reading, both dropouts")[0]
     assert f"where it gains {gains[0][0]:.2f} nats, and {beside:.2f} beside the other kind." in verdict
     without, whole = pairs(piece, "2019 without dropout", "good")[0], pairs("3-webtext", "2019", "good")[0]

@@ -654,6 +654,9 @@ def test_compiled_once_for_a_shape(monkeypatch):
         ([[1]], {"seed": "1"}, ("seed", "'1'")),
         ([[1]], {"end_of_text": 2.5}, ("end_of_text", "2.5")),
         ([[1]], {"multiple": 0}, ("multiple", "0")),
+        ([[1]], {"temperature": "high"}, ("temperature", "'high'")),
+        ([[1]], {"top_p": None}, ("top_p", "None")),
+        ([[1]], {"length_penalty": "1"}, ("length_penalty", "'1'")),
     ],
     ids=str,
 )
