@@ -11,6 +11,8 @@ import re
 
 from gpt2lib.config import ConfigError
 
+_WIDTH = "xla_cpu_prefer_vector_width"  # by default XLA takes half of what AVX-512 has; a bfloat16 text is 12% faster
+
 
 def setup(distributed: bool = False) -> str:
     """Choose and import the backend without its start-up messages, and `describe()` it, before keras is imported.
@@ -20,6 +22,9 @@ def setup(distributed: bool = False) -> str:
     pod, Slurm or Kubernetes tells JAX.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    flags = os.environ.get("XLA_FLAGS", "")
+    if flags.lstrip()[:1] in ("", "-") and _WIDTH not in flags:  # else the name of a file with flags
+        os.environ["XLA_FLAGS"] = f"{flags} --{_WIDTH}=512".strip()
     backend = os.environ.get("KERAS_BACKEND", "tensorflow")
     if importlib.util.find_spec(backend) is None:
         raise ConfigError(f"the backend {backend} is not installed; run: pip install {backend}, or set KERAS_BACKEND")
@@ -157,6 +162,7 @@ def compiled(model, function, xla: bool = False, state: int | None = None):
     """`function(*tensors)` compiled, reading the variables of `model` as they are at each call.
 
     Args:
+        model: None where the function reads none.
         xla: by XLA in TensorFlow as well, which is better at loops; its own operations are better at large products.
         state: number of an argument that is a structure of tensors and that `function` gives back, changed, as its last
             result: it is changed in its place, and what was given is gone.
@@ -166,6 +172,8 @@ def compiled(model, function, xla: bool = False, state: int | None = None):
     if keras.backend.backend() == "jax":
         import jax
 
+        if model is None:
+            return jax.jit(function, donate_argnums=() if state is None else state)
         run = jax.jit(functional(model, function), donate_argnums=() if state is None else state + 1)
         return lambda *args: run([v.value for v in model.variables], *args)
 

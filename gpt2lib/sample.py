@@ -27,7 +27,6 @@ from gpt2lib.model import fused, one_row
 
 _LOWEST = -1e10  # what OpenAI's sample.py gives to words that are out
 _CHUNK = 32  # tokens that the second program makes at most before it comes back
-_SPACE = 64  # caches are rounded up to a multiple of it, so that few programs are compiled
 
 
 # --- which words, and which of them ---------------------------------------------------------------------------------
@@ -440,8 +439,13 @@ class _Writer:
 
 
 def cache_length(prompt, length) -> int:
-    """Positions in the cache for a prompt and `length` new tokens, of which the last one is not read."""
-    return -(-(prompt + length - 1) // _SPACE) * _SPACE
+    """Positions in the cache for a prompt and `length` new tokens, of which the last one is not read.
+
+    Rounded up, by 15 or an eighth at most, so that few programs are compiled: eight between a length and its double.
+    """
+    needed = prompt + length - 1
+    step = 1 << max(4, needed.bit_length() - 4)
+    return -(-needed // step) * step
 
 
 def _room(model) -> bool:
@@ -516,8 +520,8 @@ def generate(
     Returns: for each prompt its new tokens only, without what ended them.
 
     ValueError for settings out of range, in one sentence. Programs are compiled for a number of rows, a length of
-    prompts and of the cache (multiples of 16 and 64; of n_ctx / 4 where rows go on beyond the context at different
-    lengths), and the kind of sampling; later calls find them.
+    prompts and of the cache (multiples of 16 and those of `cache_length`; of n_ctx / 4 where rows go on beyond the
+    context at different lengths), and the kind of sampling; later calls find them.
     """
     options = dict(
         temperature=temperature, top_k=top_k, top_p=top_p, end_of_text=end_of_text, crossing=crossing,

@@ -64,7 +64,7 @@ def test_a_tpu_that_is_held():
     assert device._in_use(other) is other
 
 
-def testfree_memory_is_that_of_this_machine():
+def test_free_memory_is_that_of_this_machine():
     if not os.path.exists("/proc/meminfo"):
         pytest.skip("no /proc/meminfo")
     assert 1e8 < device.free_memory() < 1e13
@@ -91,6 +91,27 @@ print(os.environ.get("KERAS_BACKEND"))
     environment = {name: value for name, value in os.environ.items() if name != "KERAS_BACKEND"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(expected)
+
+
+@pytest.mark.parametrize("given, width", [("", 512), (" --xla_cpu_prefer_vector_width=128", 128)])
+def test_xla_takes_all_of_a_vector_unless_told_otherwise(tmp_path, given, width):
+    code = """
+from gpt2lib import device
+device.setup()
+from keras import ops
+device.compiled(None, lambda x: ops.sum(x * x), xla=True)(ops.ones(100))
+"""
+    environment = {**os.environ, "XLA_FLAGS": f"--xla_dump_to={tmp_path}{given}"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    options = [file.read_text() for file in tmp_path.glob("*debug_options")]
+    assert options and all(f"xla_cpu_prefer_vector_width: {width}" in o for o in options)
+
+
+@pytest.mark.parametrize("given", ["flags.txt", " -xla_cpu_prefer_vector_width=256"])
+def test_the_flags_of_others_are_left_alone(monkeypatch, given):
+    monkeypatch.setenv("XLA_FLAGS", given)
+    device.setup()
+    assert os.environ["XLA_FLAGS"] == given
 
 
 # --- Colab ------------------------------------------------------------------------------------------------------------
