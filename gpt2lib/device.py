@@ -11,8 +11,6 @@ import re
 
 from gpt2lib.config import ConfigError
 
-_WIDTH = "xla_cpu_prefer_vector_width"  # by default XLA takes half of what AVX-512 has; a bfloat16 text is 12% faster
-
 
 def setup(distributed: bool = False) -> str:
     """Choose and import the backend without its start-up messages, and `describe()` it, before keras is imported.
@@ -22,9 +20,6 @@ def setup(distributed: bool = False) -> str:
     pod, Slurm or Kubernetes tells JAX.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    flags = os.environ.get("XLA_FLAGS", "")
-    if flags.lstrip()[:1] in ("", "-") and _WIDTH not in flags:  # else the name of a file with flags
-        os.environ["XLA_FLAGS"] = f"{flags} --{_WIDTH}=512".strip()
     backend = os.environ.get("KERAS_BACKEND", "tensorflow")
     if importlib.util.find_spec(backend) is None:
         raise ConfigError(f"the backend {backend} is not installed; run: pip install {backend}, or set KERAS_BACKEND")
