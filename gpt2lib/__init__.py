@@ -13,7 +13,7 @@ def _has(package: str) -> bool:
 if _has("jax") and (not _has("tensorflow") or (_has("libtpu") and glob.glob("/dev/accel*"))):
     os.environ.setdefault("KERAS_BACKEND", "jax")
 
-# Unless told otherwise XLA takes half of a vector on a CPU: a text in bfloat16 takes a tenth longer. It reads
+# Unless told otherwise XLA takes half of a vector on a CPU with AVX-512, which holds up products in bfloat16. It reads
 # this once, when first used. XLA_FLAGS may also name a file with flags.
 _flags, _width = os.environ.get("XLA_FLAGS", ""), "--xla_cpu_prefer_vector_width"
 if _flags.lstrip()[:1] in ("", "-") and _width not in _flags:

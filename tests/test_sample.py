@@ -577,6 +577,13 @@ def test_samples_are_written_whole(alphabet, tmp_path):
 # --- one program ------------------------------------------------------------------------------------------------------
 
 
+def test_lengths_of_the_cache_are_few_and_near_what_is_needed():
+    needed = np.arange(1, 1025)
+    lengths = np.array([sample.cache_length(1, int(n)) for n in needed])
+    assert np.all(lengths >= needed) and np.all(lengths - needed <= np.maximum(15, needed / 8))
+    assert len(set(lengths)) == 32  # 16 up to 256, and 8 in each of two octaves
+
+
 def test_compiled_once_for_a_shape(monkeypatch):
     """Counts how often programs are traced: other prompts, lengths, seeds, temperatures and weights need no new one."""
     traces = []
